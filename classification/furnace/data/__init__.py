@@ -1,0 +1,1 @@
+"""From a CSV of images to batches of tensors."""

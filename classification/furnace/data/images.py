@@ -1,0 +1,94 @@
+"""From an image file to correct RGB, and the check that a file is an image at all."""
+
+import hashlib
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from furnace.data.problems import Problem
+
+# what Pillow raises on damaged files, by format
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".tif", ".bmp", ".webp")
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """Decode an image file to 8-bit RGB, upright.
+
+    EXIF orientation is applied; grey, palette and CMYK images are converted; 16-bit grey is scaled to 8 bits (and not
+    clipped); transparency is dropped.
+
+    Raises:
+        One of DECODE_ERRORS: the file is damaged or of a kind that has no RGB meaning (floating point).
+    """
+    with Image.open(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # I;16 and, from older decoders, I with 16-bit values
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"its values {values.min()}..{values.max()} are not 16-bit grey")
+            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("it holds floating-point values; save it with 8 bits a channel")
+        elif image.mode == "P":
+            image = image.convert("RGBA")  # palettes with transparency need the step over RGBA
+        return image.convert("RGB")
+
+
+def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> str:
+    """Look at every image's header, with threads: missing, empty and non-image files become problems.
+
+    Args:
+        frame: with the columns image and row.
+        root: the folder of the images.
+        problems: extended in the order of the rows.
+
+    Returns:
+        Hex SHA-256 over the sorted names and sizes in bytes of the images that exist.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        found = list(pool.map(lambda name: _look(root, name), frame["image"]))
+    for (size, text, remedy), name, row in zip(found, frame["image"], frame["row"], strict=True):
+        if text:
+            kind = {None: "missing file", 0: "empty file"}.get(size, "not an image")
+            problems.append(Problem(kind if name else "no file name", file=name or "", row=int(row), column="image",
+                                    text=text, remedy=remedy))
+    missing = sum(size is None for size, _, _ in found)
+    if missing == len(found) and missing:
+        problems.append(Problem("missing file", text=f"not one of the {missing} images lies under {root}",
+                                remedy="is --root_path the folder that the image column is relative to?"))
+    digest = hashlib.sha256()
+    for name, size in sorted({(str(name), size) for name, (size, _, _) in zip(frame["image"], found, strict=True)
+                              if size is not None}):
+        digest.update(f"{name}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+def _look(root: Path, name: str | None) -> tuple[int | None, str, str]:
+    """Size in bytes (None when missing), what is wrong ("" when nothing), and the remedy."""
+    if not name:
+        return None, "the cell is empty", "name the image or delete the row"
+    path = root / name
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            return None, "is a folder", "name an image file"
+    except OSError:
+        other = next((name + end for end in EXTENSIONS if os.path.exists(f"{path}{end}")), None)
+        return None, f"{path} does not exist", f"write {other}" if other else "correct the name or --root_path"
+    if size == 0:
+        return 0, "the file has 0 bytes", "copy or download it again"
+    try:
+        with Image.open(path):
+            return size, "", ""
+    except UnidentifiedImageError:
+        return size, "the file's header is no image format that Pillow knows", "replace it by a real image"
+    except DECODE_ERRORS as error:
+        return size, f"cannot be opened ({error})", "replace it by a real image, readable for you"

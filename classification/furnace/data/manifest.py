@@ -1,0 +1,307 @@
+"""The CSV of a data set, read and checked once.
+
+Contract: ``image`` (path below the image folder), ``split`` (train, val, test) and ``label`` (integers from 0) or, for
+two classes, ``binary_label`` (0/1). Other columns are kept; ``class_name``, ``patient_id`` and ``lesion_id`` are used
+where they exist. Every problem of the file is found in one pass and reported together.
+"""
+
+import csv
+import hashlib
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+from furnace.data.images import check_files
+from furnace.data.problems import ManifestError, Problem, report
+from furnace.runtime.files import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+GROUP_COLUMNS = ("patient_id", "lesion_id")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked table of labelled images; immutable. Splits and subsets are Manifests too.
+
+    Attributes:
+        frame: a row per image: image (str), label (int64), split, row (line of the CSV), then the other columns as
+            text (NaN where empty).
+        name: the CSV's stem, the name of the data set.
+        csv_path: the file.
+        root: the folder that ``image`` is relative to.
+        sha256: of the CSV's bytes.
+        images_digest: sha256 over every image's name and size in bytes, so that other pictures are another data set.
+        class_names: one per class, ``class_names[label]``.
+        label_column: label or binary_label.
+        group_columns: patient_id and lesion_id, those that exist.
+    """
+
+    frame: pd.DataFrame
+    name: str
+    csv_path: Path
+    root: Path
+    sha256: str
+    images_digest: str
+    class_names: tuple[str, ...]
+    label_column: str
+    group_columns: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def nb_classes(self) -> int:
+        """The number of classes of the whole data set."""
+        return len(self.class_names)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        return self.frame["label"].to_numpy(dtype=np.int64)
+
+    @property
+    def filenames(self) -> list[str]:
+        """The ``image`` column."""
+        return self.frame["image"].tolist()
+
+    def path_of(self, index: int) -> Path:
+        """Where image ``index`` lies."""
+        return self.root / self.frame["image"].iat[index]
+
+    def split(self, name: str) -> "Manifest":
+        """The images of train, val or test, in the CSV's order."""
+        return replace(self, frame=self.frame[self.frame["split"] == name].reset_index(drop=True))
+
+    def take(self, indices: Sequence[int]) -> "Manifest":
+        """The images at these positions, in this order."""
+        return replace(self, frame=self.frame.iloc[list(indices)].reset_index(drop=True))
+
+
+def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, nb_classes: int,
+                  class_names_file: str | Path | None = None, strict_split: bool = False,
+                  report_folder: str | Path | None = None) -> Manifest:
+    """Read and check a data set's CSV and the files it names.
+
+    Args:
+        csv_path: the CSV (UTF-8, with or without byte-order mark).
+        root_path: the folder of the images; None means the CSV's own folder.
+        nb_classes: the number of classes; 2 reads ``binary_label`` (or ``label`` where only that exists).
+        class_names_file: a text file with one class name a line, in label order.
+        strict_split: treat leakage between splits and repeated rows as errors instead of warnings.
+        report_folder: where the full list goes when there are more than 20 problems.
+
+    Raises:
+        ManifestError: one or more errors; all are in the message or in the file it names.
+        UserError: the CSV or the image folder does not exist.
+    """
+    csv_path = Path(csv_path).expanduser()
+    if not csv_path.is_file():
+        folder = csv_path.parent
+        beside = sorted(p.name for p in folder.glob("*.csv"))[:5] if folder.is_dir() else []
+        raise UserError(f"--csv_path {csv_path} {'is a folder' if csv_path.is_dir() else 'does not exist'}"
+                        + (f"; {folder} has: {', '.join(beside)}" if beside else ""))
+    root = Path(root_path).expanduser() if root_path else csv_path.parent
+    if not root.is_dir():
+        raise UserError(f"--root_path {root} is not a folder: it must hold the images that the CSV names")
+    content = csv_path.read_bytes()
+    problems: list[Problem] = []
+    frame = _parse(content, csv_path, problems)
+    label_column = _label_column(frame, nb_classes, problems)
+    for column in ("image", "split"):
+        if column not in frame:
+            found = ", ".join(c for c in frame.columns if c != "row") or "none"
+            problems.append(Problem("missing column", column=column, text=f"the columns are: {found}",
+                                    remedy=f"add a column named {column}"))
+    images_digest = ""
+    if "split" in frame:
+        frame["split"] = _check_splits(frame, problems)
+    if label_column:
+        frame["label"] = _check_labels(frame, label_column, nb_classes, problems)
+        if "split" in frame:
+            _check_train_classes(frame, nb_classes, label_column, problems)
+    if "image" in frame:
+        images_digest = check_files(frame, root, problems)
+        if label_column and "split" in frame:
+            _check_repeats(frame, strict_split, problems)
+    groups = tuple(column for column in GROUP_COLUMNS if column in frame)
+    if "split" in frame:
+        for column in groups:
+            _check_group_leakage(frame, column, strict_split, problems)
+    class_names = _class_names(frame, nb_classes, class_names_file, problems)
+    report(problems, csv_path=csv_path, folder=report_folder)
+    first = ["image", "label", "split", "row"]
+    return Manifest(frame=frame[first + [c for c in frame.columns if c not in first]].astype({"label": "int64"}),
+                    name=csv_path.stem, csv_path=csv_path, root=root, sha256=hashlib.sha256(content).hexdigest(),
+                    images_digest=images_digest, class_names=class_names, label_column=label_column,
+                    group_columns=groups)
+
+
+def _parse(content: bytes, csv_path: Path, problems: list[Problem]) -> pd.DataFrame:
+    """Bytes to a table of stripped text; empty cells become None, blank lines go, ``row`` is the line in the file."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise ManifestError(f"{csv_path} is not UTF-8 text (byte {error.start}, row {line}): save it as "
+                            "'CSV UTF-8' in your spreadsheet program") from error
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    except csv.Error as error:
+        raise ManifestError(f"{csv_path} is not a valid CSV (row {reader.line_num}: {error})") from error
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    if not lines:
+        raise ManifestError(f"{csv_path} is empty: its first line must name the columns image, label, split")
+    header, body = lines[0][1], lines[1:]
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+        mark = "semicolons" if ";" in header[0] else "tabs"
+        raise ManifestError(f"{csv_path} separates its cells by {mark}: save it with commas")
+    for name in sorted({name for name in header if name and header.count(name) > 1}):
+        problems.append(Problem("repeated column", row=1, column=name, text="stands more than once in the header",
+                                remedy="keep one of them"))
+    for number, cells in body:
+        if len(cells) > len(header) and any(cells[len(header):]):
+            problems.append(Problem("ragged row", row=number, text=f"{len(cells)} cells under {len(header)} columns",
+                                    remedy="put quotes around cells that contain commas"))
+    columns = {name: [cells[i] if i < len(cells) and cells[i] else None for _, cells in body]
+               for i, name in reversed(list(enumerate(header))) if name}  # the first of equal names wins
+    frame = pd.DataFrame({name: columns[name] for name in dict.fromkeys(header) if name}, dtype=object)
+    frame["row"] = [number for number, _ in body]
+    if not body:
+        problems.append(Problem("no rows", text="the CSV has a header and no images", remedy="add a row per image"))
+    return frame
+
+
+def _label_column(frame: pd.DataFrame, nb_classes: int, problems: list[Problem]) -> str | None:
+    """binary_label for two classes, else label."""
+    wanted = "binary_label" if nb_classes == 2 else "label"
+    if wanted in frame:
+        return wanted
+    if nb_classes == 2 and "label" in frame:
+        logger.info("the CSV has no binary_label column: taking label as the two classes")
+        return "label"
+    remedy = "add a column with integers from 0"
+    if "binary_label" in frame:
+        remedy = "pass --nb_classes 2 to use the column binary_label, or add a column label"
+    problems.append(Problem("missing column", column=wanted,
+                            text=f"the columns are: {', '.join(c for c in frame.columns if c != 'row')}",
+                            remedy=remedy))
+    return None
+
+
+def _check_splits(frame: pd.DataFrame, problems: list[Problem]) -> pd.Series:
+    """Every split name known, train and test not empty."""
+    for row, value in frame.loc[~frame["split"].isin(SPLITS), ["row", "split"]].itertuples(index=False):
+        guess = {"tr": "train", "va": "val", "de": "val", "te": "test"}.get(str(value).lower()[:2])
+        problems.append(Problem("unknown split", row=row, column="split",
+                                text="is empty" if value is None else f"{value!r} is none of train, val, test",
+                                remedy=f"write {guess}" if value and guess else "write train, val or test"))
+    for name in ("train", "test"):
+        if not (frame["split"] == name).any():
+            problems.append(Problem("empty split", column="split", text=f"no image has the split {name}",
+                                    remedy=f"mark some rows as {name}"))
+    return frame["split"]
+
+
+def _check_labels(frame: pd.DataFrame, column: str, nb_classes: int, problems: list[Problem]) -> pd.Series:
+    """Text to class numbers ("1.0" counts as 1); -1 where that fails."""
+    numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
+    whole = numbers.notna() & np.isfinite(numbers) & (numbers % 1 == 0)
+    known = whole & (numbers >= 0) & (numbers < nb_classes)
+    highest = int(numbers[whole].max()) if whole.any() else -1
+    for index in np.flatnonzero(~known):
+        value = frame[column].iat[index]
+        if value is None:
+            text, remedy = "is empty", f"give every image a class from 0 to {nb_classes - 1}"
+        elif not whole.iat[index]:
+            text, remedy = f"{value!r} is not an integer", "number the classes from 0 (names may stand in class_name)"
+        else:
+            text = f"{value} is not in 0..{nb_classes - 1}"
+            remedy = f"pass --nb_classes {highest + 1}" if numbers.iat[index] > 0 else "number the classes from 0"
+        problems.append(Problem("bad label", row=int(frame["row"].iat[index]), column=column, text=text,
+                                remedy=remedy))
+    return numbers.where(known, -1).astype("int64")
+
+
+def _check_train_classes(frame: pd.DataFrame, nb_classes: int, column: str, problems: list[Problem]) -> None:
+    """Every class occurs in the full train split."""
+    train = set(frame.loc[frame["split"] == "train", "label"])
+    absent = [k for k in range(nb_classes) if k not in train]
+    if train and absent:
+        problems.append(Problem("class absent from train", column=column,
+                                text=f"no train image has class {', '.join(map(str, absent))}",
+                                remedy=f"add some, or pass the right --nb_classes (now {nb_classes})"))
+
+
+def _check_repeats(frame: pd.DataFrame, strict: bool, problems: list[Problem]) -> None:
+    """One image in several rows: with two labels an error; in two splits or twice in one, a warning."""
+    known = frame[frame["image"].notna()]
+    identity = known["image"].map(lambda name: str(PurePosixPath(name.replace("\\", "/"))))
+    for image, rows in known.groupby(identity[identity.duplicated(keep=False)], sort=False):
+        lines = ", ".join(map(str, rows["row"]))
+        row = int(rows["row"].iat[1])
+        if rows["label"].nunique() > 1:
+            labels = " and ".join(map(str, sorted(rows["label"].unique())))
+            problems.append(Problem("two labels", row=row, column="image", file=image,
+                                    text=f"has labels {labels} in rows {lines}", remedy="keep the right row"))
+        if rows["split"].nunique() > 1:
+            problems.append(Problem("image in two splits", row=row, column="split", file=image, warning=not strict,
+                                    text=f"is in {' and '.join(map(str, rows['split'].unique()))} (rows {lines})",
+                                    remedy="keep it in one split: the test result is too good otherwise"))
+        elif rows["label"].nunique() == 1:
+            problems.append(Problem("repeated row", row=row, column="image", file=image, warning=not strict,
+                                    text=f"stands in rows {lines}", remedy="keep one"))
+
+
+def _check_group_leakage(frame: pd.DataFrame, column: str, strict: bool, problems: list[Problem]) -> None:
+    """One patient (or lesion) in two splits; an empty id is a group of its own."""
+    known = frame[frame[column].notna() & frame["split"].isin(SPLITS)]
+    splits = known.groupby(column, sort=False)["split"].agg(lambda values: tuple(dict.fromkeys(values)))
+    rows = known.groupby(column, sort=False)["row"].first()
+    for group, names in splits[splits.map(len) > 1].items():
+        problems.append(Problem(f"{column.removesuffix('_id')} in two splits", row=int(rows[group]), column=column,
+                                warning=not strict, text=f"{group} has images in {' and '.join(names)}",
+                                remedy="keep all of its images in one split: the test result is too good otherwise"))
+
+
+def _class_names(frame: pd.DataFrame, nb_classes: int, file: str | Path | None,
+                 problems: list[Problem]) -> tuple[str, ...]:
+    """From --class_names, else the class_name column (unless the classes are binary_label's), else the numbers."""
+    numbers = tuple(map(str, range(nb_classes)))
+    if file:
+        path = Path(str(file).strip()).expanduser()
+        if not path.is_file():
+            raise UserError(f"--class_names {path} does not exist: a text file with one name a line")
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if len(names) != nb_classes or len(set(names)) != len(names):
+            problems.append(Problem("class names", file=str(path), text=f"has {len(set(names))} different names for "
+                            f"{nb_classes} classes", remedy="write one name a line, in the order of the labels"))
+            return numbers
+        return tuple(names)
+    if not {"class_name", "label"} <= set(frame.columns):
+        return numbers
+    known = frame[frame["class_name"].notna() & (frame["label"] >= 0)]
+    per_label = known.groupby("label")["class_name"].unique()
+    if nb_classes == 2 and per_label.map(len).gt(1).any():
+        return numbers  # names of finer classes beside a binary label
+    for label, names in per_label.items():
+        if len(names) > 1:
+            problems.append(Problem("class names", column="class_name", text=f"class {label} is called "
+                            f"{_some(names)}", remedy="give each class one name"))
+    for name, labels in known.groupby("class_name")["label"].unique().items():
+        if len(labels) > 1:
+            problems.append(Problem("class names", column="class_name", text=f"{name!r} names the classes "
+                            f"{_some(sorted(labels))}", remedy="give each class a name of its own"))
+    return tuple(str(per_label[k][0]) if k in per_label.index else str(k) for k in range(nb_classes))
+
+
+def _some(values: Iterable[object], most: int = 4) -> str:
+    values = list(values)
+    return " and ".join(map(str, values[:most])) + (" ..." if len(values) > most else "")

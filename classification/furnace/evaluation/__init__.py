@@ -1,0 +1,1 @@
+"""From features to numbers: extraction, probes, metrics, reports."""

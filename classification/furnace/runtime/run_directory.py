@@ -1,0 +1,173 @@
+"""One folder per run: its arguments, environment, log, predictions and results, and the rules for using it again.
+
+A run has a fingerprint, the SHA-256 of everything that can change its numbers. The folder of a run with the same
+fingerprint is continued, or, when finished, answered from; one with another fingerprint is never written to unless the
+user says ``--overwrite``.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from furnace.runtime import files
+from furnace.runtime.files import OutputError, UserError
+
+ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
+RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "Pillow")
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """Hex SHA-256 of a flat dictionary of plain values, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class RunDirectory:
+    """A run's folder. Make one with ``open_run``.
+
+    Attributes:
+        path: the folder.
+        fingerprint: hex SHA-256 of the parts.
+        previous: arguments that an earlier, unfinished process of the same run settled (empty for a new run).
+    """
+
+    def __init__(self, path: Path, parts: dict[str, Any], previous: dict[str, Any]) -> None:
+        self.path = path
+        self.fingerprint = fingerprint(parts)
+        self.previous = previous
+
+    def write_arguments(self, arguments: dict[str, Any]) -> None:
+        """Write args.yaml; it can be given to ``-c`` again."""
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
+        files.write_yaml(self.path / ARGS, plain)
+
+    def write_predictions(self, split: str, table: pd.DataFrame) -> Path:
+        """Write ``<split>.csv``; floats with nine digits, so that float32 values come back bit for bit."""
+        path = self.path / f"{split}.csv"
+        with files.atomic_write(path) as file:
+            file.write(table.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode("utf-8"))
+        return path
+
+    def write_log(self, entry: dict[str, Any]) -> None:
+        """Add one JSON object as a line of log.txt."""
+        path = self.path / LOG
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        files.write_text(path, before + json.dumps(entry) + "\n")
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json. Its presence marks the run as finished, so it is written last."""
+        files.write_json(self.path / RESULTS, {**results, "fingerprint": self.fingerprint})
+
+    def read_results(self) -> dict[str, Any] | None:
+        """The stored results of a finished run, else None.
+
+        Raises:
+            UserError: results.json is not valid JSON (somebody edited it).
+        """
+        path = self.path / RESULTS
+        if not path.exists():
+            return None
+        return _read_json(path)
+
+
+def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, Any], overwrite: bool = False,
+             auto_resume: bool = True) -> RunDirectory:
+    """Make, continue or refuse a run directory.
+
+    Args:
+        path: the folder.
+        parts: what decides the run's numbers, as a flat dictionary.
+        environment: what env.json keeps beside the versions (seed, sha256 of CSV and weights).
+        overwrite: start again in a folder that holds another run, or this run finished; only a run's own files go.
+        auto_resume: continue an unfinished run of the same fingerprint; otherwise it is refused.
+
+    Raises:
+        OutputError: the folder holds another run, files that are no run's, or an unfinished run with ``auto_resume``
+            off; or it cannot be written.
+    """
+    path = Path(path)
+    previous: dict[str, Any] = {}
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file, not a folder: choose another --output_dir")
+    present = [name for name in RUN_FILES if (path / name).exists()]
+    if present and not (path / ENV).exists():
+        raise OutputError(f"{path} holds {', '.join(present)} but no {ENV}, so it is not the folder of a run of this "
+                          "toolkit; nothing was written: choose another --output_dir")
+    if present and not overwrite:
+        stored = _read_json(path / ENV)
+        _refuse_other_run(path, stored.get("fingerprint_parts", {}), parts)
+        if RESULTS not in present and not auto_resume:
+            raise OutputError(f"{path} holds this very run, unfinished: leave out --no_auto_resume to continue it, "
+                              "or add --overwrite to start again")
+        previous = _read_yaml(path / ARGS)
+        return RunDirectory(path, parts, previous)
+    for name in present:
+        try:
+            (path / name).unlink()
+        except OSError as error:
+            raise files.output_error(path / name, error) from error
+    files.write_json(path / ENV, {"fingerprint": fingerprint(parts), "fingerprint_parts": parts, **environment,
+                                  **describe_environment()})
+    return RunDirectory(path, parts, previous)
+
+
+def _refuse_other_run(path: Path, stored: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Name the differences between the run in the folder and the one that is asked for."""
+    ours = json.loads(json.dumps(parts, default=str))
+    if stored == ours:
+        return
+    differences = [f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} now"
+                   for key in sorted({*stored, *ours}) if stored.get(key) != ours.get(key)]
+    raise OutputError(f"{path} holds another run ({'; '.join(differences)}): choose another --output_dir, "
+                      "or add --overwrite to replace it")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): add --overwrite to start the run again") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.exists():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged: add --overwrite to start the run again") from error
+
+
+def describe_environment() -> dict[str, Any]:
+    """Git revision (with ``+changes`` when the tree is not clean), versions, machine."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"git_revision": _git_revision(), "versions": versions, "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+def _git_revision() -> str:
+    """The revision of this toolkit's own checkout; "unknown" without git or outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        status = subprocess.run(["git", "status", "--porcelain", "--", here], cwd=here, capture_output=True, text=True,
+                                timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if revision.returncode or status.returncode:
+        return "unknown"
+    return revision.stdout.strip() + ("+changes" if status.stdout.strip() else "")
