@@ -1,0 +1,27 @@
+"""Fixtures for every test."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import golden_state
+
+from furnace.data.synthetic import draw_demo_data_set
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def demo_csv(tmp_path_factory) -> Path:
+    """A small demo data set: 60 drawn images of 96 px."""
+    return draw_demo_data_set(tmp_path_factory.mktemp("demo"), images=60, size=96)
+
+
+@pytest.fixture(scope="session")
+def base_checkpoint(tmp_path_factory) -> Path:
+    """The goldens' PanDerm_Base checkpoint as a flat file, 343 MB."""
+    path = tmp_path_factory.mktemp("weights") / "panderm_bb.pth"
+    torch.save(golden_state("keys_base.json"), path)
+    return path
