@@ -158,15 +158,19 @@ def _entry_of(name: str) -> Entry:
 
 def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: bool = False) -> nn.Module:
     """An architecture without a head; transformers with a fixed grid are built for ``input_size``."""
-    sized = {}
-    if input_size is not None and _takes_image_size(entry.architecture):
-        sized = {"img_size": input_size}
+    fixed = _takes_image_size(entry.architecture)
+    sized = {"img_size": input_size} if fixed and input_size is not None else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return timm.create_model(entry.architecture, pretrained=pretrained, num_classes=0, **sized)
+            model = timm.create_model(entry.architecture, pretrained=pretrained, num_classes=0, **sized)
         except AssertionError as error:
             raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: {error}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if sized and patch is not None and input_size % patch[0]:
+        raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: it must be a multiple of the "
+                        f"patch size {patch[0]}")
+    return model
 
 
 def _takes_image_size(architecture: str) -> bool:

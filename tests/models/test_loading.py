@@ -1,0 +1,147 @@
+"""Checkpoint files of every layout, on tiny models."""
+
+import pytest
+import timm
+import torch
+
+from furnace.models.loading import LoadRules, best_prefix, describe_state, load_backbone, unwrap
+from furnace.models.panderm import PanDerm
+from furnace.runtime.files import CheckpointError, CheckpointFile
+
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "num_classes": 0, "init_values": 0.1}
+
+
+def tiny(img_size: int = 64, form: str = "token", **kwargs) -> PanDerm:
+    """A PanDerm of width 32 and depth 2."""
+    return PanDerm(img_size=img_size, global_pool=form, use_rel_pos_bias=form == "avg", **{**TINY, **kwargs}).eval()
+
+
+def weights(img_size: int = 64, **kwargs) -> dict[str, torch.Tensor]:
+    """A random state of it, all tensors different from a fresh model's."""
+    torch.manual_seed(1)
+    return {key: torch.randn_like(value) for key, value in tiny(img_size, **kwargs).state_dict().items()}
+
+
+def load(model: torch.nn.Module, content: object):
+    """Through the product's function."""
+    return load_backbone(model, CheckpointFile(path="file.pth", sha256="0" * 64, content=content), "PanDerm_Base_LP")
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    """Every key behind a prefix."""
+    return {prefix + key: value for key, value in state.items()}
+
+
+EXTRA = {"decoder.weight": torch.ones(3), "regresser.bias": torch.ones(3), "mask_token": torch.ones(1)}
+LAYOUTS = {
+    "flat": lambda s: s,
+    "model": lambda s: {"model": s, "epoch": "best", "optimizer": {"state": {}}},
+    "module": lambda s: {"module": s},
+    "state_dict": lambda s: {"state_dict": s, "epoch": 7},
+    "teacher": lambda s: {"teacher": s},
+    "nested": lambda s: {"model": {"state_dict": s}},
+    "encoder.": lambda s: prefixed(s, "encoder."),
+    "encoder. beside a decoder": lambda s: {**prefixed(s, "encoder."), **EXTRA},
+    "module.": lambda s: {"state_dict": prefixed(s, "module.")},
+    "backbone.": lambda s: prefixed(s, "backbone."),
+    "teacher.backbone.": lambda s: {**prefixed(s, "teacher.backbone."), "teacher.dino_head.mlp.0.weight": torch.ones(2),
+                                    **prefixed({k: v * 0 for k, v in s.items()}, "student.backbone.")},
+    "_orig_mod.": lambda s: {"model": prefixed(s, "_orig_mod.")},
+    "module._orig_mod.encoder.": lambda s: prefixed(s, "module._orig_mod.encoder."),
+    "half precision": lambda s: {k: v.half() for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads(layout: str) -> None:
+    """Each tensor of the model has the file's value."""
+    model, state = tiny(), weights()
+    report = load(model, LAYOUTS[layout](state))
+    assert set(report.matched) == set(state) and not report.missing
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key], atol=5e-3 if "half" in layout else 0, rtol=0)
+    if "decoder" in layout:
+        assert set(report.unexpected) == set(EXTRA)
+
+
+@pytest.mark.parametrize("key", ["norm.weight", "cls_token", "blocks.1.attn.q_bias", "pos_embed"])
+def test_one_missing_tensor_is_an_error(key: str) -> None:
+    """And the model stays as it was."""
+    model, state = tiny(), weights()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    del state[key]
+    with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
+        load(model, state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_one_misshapen_tensor_is_an_error() -> None:
+    """It names both shapes."""
+    state = weights()
+    state["blocks.0.mlp.fc1.weight"] = torch.zeros(64, 32)
+    with pytest.raises(CheckpointError, match=r"fc1.weight \(64, 32\), not \(128, 32\)"):
+        load(tiny(), state)
+
+
+def test_nan_is_an_error() -> None:
+    """Diverged weights give features that look like numbers."""
+    state = weights()
+    state["norm.bias"][3] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN"):
+        load(tiny(), state)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], {"model": {}}, torch.ones(3)])
+def test_no_tensors_is_an_error(content: object) -> None:
+    """A file without a state dict."""
+    with pytest.raises(CheckpointError, match="no tensors"):
+        load(tiny(), content)
+
+
+@pytest.mark.parametrize("old,new", [(64, 96), (96, 64)])
+def test_positions_of_another_size_are_resampled(old: int, new: int) -> None:
+    """Absolute and relative tables; everything else as in the file."""
+    model, state = tiny(new, form="avg"), weights(old, form="avg")
+    report = load(model, state)
+    assert set(report.resampled) == {"pos_embed", "blocks.0.attn.relative_position_bias_table",
+                                     "blocks.1.attn.relative_position_bias_table"}
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
+    assert torch.isfinite(model(torch.randn(1, 3, new, new))).all()
+
+
+def test_fine_tuned_form_may_lack_relative_tables() -> None:
+    """They start at zero, the final norm is renamed."""
+    model, state = tiny(form="avg"), weights()
+    report = load(model, state)
+    assert torch.equal(model.fc_norm.bias, state["norm.bias"])
+    assert all(key.endswith("relative_position_bias_table") for key in report.missing) and len(report.missing) == 2
+
+
+def test_lp_form_refuses_a_fine_tuned_file() -> None:
+    """Its norm was trained behind a mean, not behind the class token."""
+    with pytest.raises(CheckpointError, match="norm.weight"):
+        load(tiny(), weights(form="avg"))
+
+
+def test_unwrap_prefers_the_model() -> None:
+    """Not its optimiser, not its EMA."""
+    state = {"a": torch.ones(1)}
+    assert unwrap({"model_ema": {"b": torch.ones(1)}, "model": state, "optimizer": {}}) == state
+
+
+def test_prefix_needs_matches() -> None:
+    """A decoder called encoder.* does not win over the backbone."""
+    target = {"norm.weight": torch.ones(1), "norm.bias": torch.ones(1)}
+    state = {"norm.weight": torch.ones(1), "norm.bias": torch.ones(1), "encoder.norm.weight": torch.ones(1)}
+    assert best_prefix(state, target, LoadRules()) == ""
+
+
+@pytest.mark.parametrize("name,words", [("beit_base_patch16_224", "PanDerm_Base_FT"), ("vit_small_patch16_224",
+                         "ViT-S/16"), ("resnet50", "ResNet-50"), ("resnet18", "a ResNet"),
+                         ("vit_base_patch14_reg4_dinov2", "ViT-B/14 .DINOv2-type, as DermINO. with register")])
+def test_describe_state(name: str, words: str) -> None:
+    """What a file seems to be."""
+    import re
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=0).state_dict()
+    assert re.search(words, describe_state(state))
