@@ -94,6 +94,7 @@ def open_linear_run(args: argparse.Namespace, manifest: Manifest,
              "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
     model = "".join(c if c.isalnum() or c in "._-" else "-" for c in args.model)
     path = args.output_dir / manifest.name / f"{model}_{fingerprint(parts)[:8]}"
+    files.check_space(path, 65536 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
     run = open_run(path, parts=parts, overwrite=args.overwrite, auto_resume=not args.no_auto_resume,
                    environment={"seed": args.seed, "csv_sha256": manifest.sha256, "weights": provenance.to_dict()})
     return run, run.read_results()

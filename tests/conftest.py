@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import golden_state
 
 from furnace.data.synthetic import draw_demo_data_set
+from helpers import golden_state
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 torch.set_num_threads(2)

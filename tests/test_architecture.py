@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT
 
 FURNACE = ROOT / "classification" / "furnace"

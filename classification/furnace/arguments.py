@@ -177,8 +177,8 @@ def entry_point(function: Callable[[Sequence[str] | None], int]) -> Callable[...
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
         distributed_rank = int(os.environ.get("RANK", "0"))
-        logging.basicConfig(level=logging.INFO if distributed_rank == 0 else logging.ERROR, format="%(message)s",
-                            stream=sys.stdout, force=True)
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        logging.getLogger().setLevel(logging.INFO if distributed_rank == 0 else logging.ERROR)
         for noisy in ("httpx", "timm"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import draw_images, small_set
 from PIL import Image
 
 from furnace.data import datasets
 from furnace.data.datasets import Batch, ImageDataset, StridedSampler, build_loader, collate
 from furnace.data.manifest import Manifest, read_manifest
 from furnace.runtime import distributed
+from helpers import draw_images, small_set
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_dataset(manifest: Manifest) -> None:
         assert torch.equal(image, tensor(expected))
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 21), (4, [4] * 5 + [1]), (21, [21]), (1000, [21])])
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 21), (4, [4] * 5 + [1]), (7, [7] * 3), (8, [8, 8, 5])])
 def test_order_and_the_last_batch(manifest: Manifest, batch_size: int, sizes: list[int]) -> None:
     batches = list(build_loader(manifest, tensor, batch_size=batch_size, num_workers=0))
     assert [len(batch.images) for batch in batches] == [len(batch.indices) for batch in batches] == sizes
@@ -54,12 +54,18 @@ def test_order_and_the_last_batch(manifest: Manifest, batch_size: int, sizes: li
     assert not any(batch.broken for batch in batches)
 
 
-def test_large_batches_are_cut(tmp_path: Path) -> None:
-    manifest = read_manifest(small_set(tmp_path, classes=2, per_split={"train": 18, "test": 1}), nb_classes=2)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_batch_size_is_an_upper_bound(monkeypatch, manifest: Manifest, device: str) -> None:
+    monkeypatch.setitem(datasets.LARGEST_BATCH, device, 6)
+    for asked, given in ((1000, 6), (6, 6), (5, 5)):
+        assert build_loader(manifest, tensor, batch_size=asked, num_workers=0, device=device).batch_size == given
+
+
+def test_a_published_batch_of_1000_is_read_in_pieces(monkeypatch, manifest: Manifest) -> None:
+    monkeypatch.setitem(datasets.LARGEST_BATCH, "cpu", 10)
     batches = list(build_loader(manifest, tensor, batch_size=1000, num_workers=0))
-    assert [len(batch.indices) for batch in batches] == [datasets.LARGEST_BATCH_ELSEWHERE, 38 - 32]
-    assert build_loader(manifest, tensor, batch_size=1000, num_workers=0, device="cuda").batch_size == 128
-    assert build_loader(manifest, tensor, batch_size=8, num_workers=0, device="cuda").batch_size == 8
+    assert [len(batch.images) for batch in batches] == [10, 10, 1]
+    assert [i for batch in batches for i in batch.indices] == list(range(21))
 
 
 def test_workers_make_no_difference(broken: Manifest) -> None:

@@ -96,7 +96,7 @@ def test_palette(tmp_path: Path, transparency) -> None:
 def test_16_bit_grey_is_scaled(tmp_path: Path) -> None:
     values = np.array([[0, 128, 129, 256, 257], [1000, 32768, 40000, 65406, 65535]], dtype=np.uint16)
     image = Image.fromarray(values)
-    expected = np.floor(values / 257 + 0.5).astype(np.uint8)  # 65535 / 257 = 255; clipping would give 255 almost everywhere
+    expected = np.floor(values / 257 + 0.5).astype(np.uint8)  # clipping would give 255 nearly everywhere
     for suffix in ("png", "tif"):
         found = saved(image, tmp_path / f"x.{suffix}")
         np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, axis=2))
@@ -171,7 +171,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch) -> None:
         load_rgb(tmp_path / "x.png")
     assert isinstance(caught.value, DECODE_ERRORS)
     problems: list = []
-    check_files(pd.DataFrame({"image": ["x.png"], "row": [2]}), tmp_path, problems)
+    check_files(pd.DataFrame({"image": ["x.png"], "_row": [2]}), tmp_path, problems)
     assert [problem.kind for problem in problems] == ["not an image"]
 
 
@@ -181,7 +181,7 @@ def test_check_files_order_and_rows(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("text")
     names = ["gone.png", "good.png", "text.png", None, "empty.png", "x" * 300 + ".png"]
     problems: list = []
-    digest = check_files(pd.DataFrame({"image": names, "row": range(2, 8)}, dtype=object), tmp_path, problems)
+    digest = check_files(pd.DataFrame({"image": names, "_row": range(2, 8)}, dtype=object), tmp_path, problems)
     assert [(p.kind, p.row, p.file, p.warning) for p in problems] == [
         ("missing file", 2, "gone.png", False), ("not an image", 4, "text.png", False), ("no file name", 5, "", False),
         ("empty file", 6, "empty.png", False), ("missing file", 7, names[5], False)]
@@ -193,10 +193,24 @@ def test_the_digest_knows_names_and_sizes_not_order(tmp_path: Path) -> None:
         Image.fromarray(np.zeros((side, side), dtype=np.uint8)).save(tmp_path / name)
 
     def digest(*names: str) -> str:
-        return check_files(pd.DataFrame({"image": names, "row": range(len(names))}), tmp_path, [])
+        return check_files(pd.DataFrame({"image": names, "_row": range(len(names))}), tmp_path, [])
 
     first = digest("a.png", "b.png")
     assert digest("b.png", "a.png") == digest("a.png", "b.png", "a.png") == first != digest("a.png")
     with open(tmp_path / "a.png", "ab") as file:
         file.write(b"\0")
     assert digest("a.png", "b.png") != first
+
+
+@pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="this Pillow has no AVIF plugin")
+@pytest.mark.parametrize(("box", "keep"), [(b"mdat", 4), (b"iloc", 8)])
+def test_a_damaged_avif_is_refused(tmp_path: Path, box: bytes, keep: int) -> None:
+    path = tmp_path / "x.jpg"  # browsers save AVIF under the page's name
+    Image.fromarray(PIXELS).save(path, format="AVIF")
+    content = bytearray(path.read_bytes())
+    start = content.index(box) + keep
+    content[start:start + 14] = bytes(14)
+    path.write_bytes(content)
+    check_files(pd.DataFrame({"image": ["x.jpg"], "_row": [2]}), tmp_path, [])
+    with pytest.raises(DECODE_ERRORS):
+        load_rgb(path)

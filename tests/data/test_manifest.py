@@ -1,5 +1,6 @@
 """The CSV contract: what is read, and that every fault is found, named and placed."""
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import FrozenInstanceError
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import draw_images, small_set, write_csv
 
 from furnace.data.manifest import Manifest, read_manifest
 from furnace.data.problems import ManifestError
 from furnace.runtime.files import UserError
+from helpers import draw_images, small_set, write_csv
 
 HEADER = "image,label,split"
 ROWS = ("a.png,0,train", "b.png,1,train", "c.png,0,val", "d.png,0,test", "e.png,1,test")  # rows 2-6, good
@@ -44,15 +45,15 @@ def faults(tmp_path: Path, root: Path, *lines: str, **more) -> list[tuple]:
     return [(p.kind, p.row, p.column) for p in caught.value.problems]
 
 
-# ------------------------------------------------------------------------------------------------- what is read
+# -------------------------------------------------------------------- what is read
 
 def test_contract(tmp_path: Path, images: Path) -> None:
     manifest = read(tmp_path, images, *ROWS)
     content = (tmp_path / "set.csv").read_bytes()
     assert manifest.filenames == ["a.png", "b.png", "c.png", "d.png", "e.png"]
     assert manifest.labels.tolist() == [0, 1, 0, 0, 1] and manifest.labels.dtype == np.int64
-    assert manifest.frame["row"].tolist() == [2, 3, 4, 5, 6]
-    assert list(manifest.frame.columns) == ["image", "label", "split", "row"]
+    assert manifest.frame["_row"].tolist() == [2, 3, 4, 5, 6]
+    assert list(manifest.frame.columns) == ["image", "label", "split", "_row"]
     assert (manifest.name, manifest.root, manifest.csv_path) == ("set", images, tmp_path / "set.csv")
     assert manifest.sha256 == hashlib.sha256(content).hexdigest()
     assert manifest.class_names == ("0", "1") and manifest.nb_classes == 2 and manifest.group_columns == ()
@@ -81,20 +82,20 @@ def test_spreadsheet_habits(tmp_path: Path, images: Path, change) -> None:
     assert manifest.filenames == ["a.png", "b.png", "c.png", "d.png", "e.png"]
     assert manifest.labels.tolist() == [0, 1, 0, 0, 1]
     assert manifest.frame["split"].tolist() == ["train", "train", "val", "test", "test"]
-    assert list(manifest.frame.columns) == ["image", "label", "split", "row"]
+    assert list(manifest.frame.columns) == ["image", "label", "split", "_row"]
 
 
 def test_row_numbers_after_blank_lines(tmp_path: Path, images: Path) -> None:
     lines = ["", ROWS[0], "", ",,", ROWS[1], ROWS[3], "x.png,1,test"]
     assert faults(tmp_path, images, *lines) == [("missing file", 8, "image")]
     manifest = read(tmp_path, images, *lines[:-1], ROWS[4])
-    assert manifest.frame["row"].tolist() == [3, 6, 7, 8]
+    assert manifest.frame["_row"].tolist() == [3, 6, 7, 8]
 
 
 def test_extra_columns_are_kept(tmp_path: Path, images: Path) -> None:
     lines = [f"{row},{age},x y" for row, age in zip(ROWS, ("007", "", "5.0", "NA", "1"), strict=True)]
     manifest = read(tmp_path, images, *lines, header=HEADER + ",age,my site")
-    assert list(manifest.frame.columns) == ["image", "label", "split", "row", "age", "my site"]
+    assert list(manifest.frame.columns) == ["image", "label", "split", "_row", "age", "my site"]
     assert manifest.frame["age"].isna().tolist() == [False, True, False, False, False]
     assert manifest.frame["age"].dropna().tolist() == ["007", "5.0", "NA", "1"]  # text, as written
     assert manifest.split("test").frame["age"].tolist() == ["NA", "1"]
@@ -128,7 +129,7 @@ def test_three_classes_need_label(tmp_path: Path, images: Path) -> None:
     assert read(tmp_path, images, *ROWS, header=header).labels.tolist() == [0, 1, 0, 0, 1]
 
 
-# ------------------------------------------------------------------------------------------------- class names
+# --------------------------------------------------------------------- class names
 
 def test_class_name_column(tmp_path: Path, images: Path) -> None:
     names = ("nevus", "melanoma", "", "nevus", "melanoma")
@@ -173,7 +174,7 @@ def test_class_names_file_absent(tmp_path: Path, images: Path) -> None:
         read(tmp_path, images, *ROWS, class_names_file=tmp_path / "no.txt")
 
 
-# ------------------------------------------------------------------------------------------------- faults, one each
+# ---------------------------------------------------------------- faults, one each
 
 @pytest.mark.parametrize("label", ["mel", "", "-1", "1.5", "nan", "inf", "-inf", "1e30", "2", "0,5", "1 0", "NaN"])
 def test_bad_label(tmp_path: Path, images: Path, label: str) -> None:
@@ -289,7 +290,7 @@ def test_csv_or_root_absent(tmp_path: Path) -> None:
         read_manifest(path, tmp_path / "no", nb_classes=2)
 
 
-# ------------------------------------------------------------------------------------------------- warnings and strict
+# ------------------------------------------------------------- warnings and strict
 
 LEAKS = [
     (HEADER, "a.png,0,train", "repeated row", r"stands in rows 2, 7"),
@@ -329,7 +330,7 @@ def test_warnings_do_not_hide_errors(tmp_path: Path, images: Path, caplog) -> No
     assert "image in two splits" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------- many faults at once
+# ------------------------------------------------------------- many faults at once
 
 def test_ten_faults_in_one_report(tmp_path: Path, images: Path, caplog) -> None:
     lines = [
@@ -382,7 +383,7 @@ def test_twenty_problems_need_no_file(tmp_path: Path, images: Path) -> None:
     assert not (tmp_path / "reports").exists()
 
 
-# ------------------------------------------------------------------------------------------------- identity, immutability
+# ---------------------------------------------------------- identity, immutability
 
 def test_digests(tmp_path: Path) -> None:
     path = small_set(tmp_path)
@@ -404,11 +405,14 @@ def test_split_and_take_are_new_manifests(tmp_path: Path, images: Path) -> None:
     assert test.filenames == ["d.png", "e.png"] and test.frame.index.tolist() == [0, 1]
     taken = manifest.take([3, 0, 3])
     assert taken.filenames == ["d.png", "a.png", "d.png"] and taken.frame.index.tolist() == [0, 1, 2]
-    assert taken.frame["row"].tolist() == [5, 2, 5] and len(manifest.take([])) == 0
+    assert taken.frame["_row"].tolist() == [5, 2, 5] and len(manifest.take([])) == 0
     for part in (test, taken):
         assert (part.sha256, part.class_names, part.root) == (manifest.sha256, manifest.class_names, manifest.root)
         part.frame.loc[0, "image"] = "changed"
     assert manifest.frame.equals(before)
+    with contextlib.suppress(ValueError):  # read-only, or a copy
+        manifest.labels[0] = 1
+    assert manifest.labels[0] == 0
     with pytest.raises(FrozenInstanceError):
         manifest.name = "other"
 
@@ -418,3 +422,53 @@ def test_the_inputs_are_not_written_to(tmp_path: Path) -> None:
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
     read_manifest(path, nb_classes=3)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+# ----------------------------------------------------------------- bugs still open
+
+def test_wrong_root_is_named_before_the_files(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ManifestError) as caught:
+        read(tmp_path, tmp_path / "elsewhere", *(f"{i}.png,{i % 2},{('train', 'test')[i % 3 == 0]}" for i in range(25)))
+    assert "pass the --root_path that the image column" in str(caught.value)
+
+
+def test_a_column_named_row_is_kept_or_refused(tmp_path: Path, images: Path) -> None:
+    try:
+        manifest = read(tmp_path, images, *(f"{row},site{i}" for i, row in enumerate(ROWS)), header=HEADER + ",row")
+    except ManifestError as error:
+        assert "row" in {problem.column for problem in error.problems}
+    else:
+        assert any("site0" in map(str, manifest.frame[column]) for column in manifest.frame)
+
+
+def test_a_null_byte_in_a_name(tmp_path: Path, images: Path) -> None:
+    (found,) = faults(tmp_path, images, *ROWS, "x\0y.png,1,train")
+    assert found[1] == 7
+
+
+def test_class_names_file_that_is_not_utf8(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"n\xe9vus\nother\n")
+    with pytest.raises(UserError, match="UTF-8"):
+        read(tmp_path, images, *ROWS, class_names_file=tmp_path / "names.txt")
+
+
+def test_a_bad_label_is_not_a_second_label(tmp_path: Path, images: Path) -> None:
+    assert ("two labels", 7, "image") not in faults(tmp_path, images, *ROWS, "a.png,mel,train")
+
+
+def test_a_mistyped_split_is_not_a_leak(tmp_path: Path, images: Path, caplog) -> None:
+    assert faults(tmp_path, images, *ROWS, "a.png,0,trian") == [("unknown split", 7, "split")]
+    assert "image in two splits" not in caplog.text
+
+
+@pytest.mark.parametrize("spelling", ["{root}/a.png", "sub/../a.png"])
+def test_one_image_by_two_paths_is_a_leak(tmp_path: Path, images: Path, spelling: str) -> None:
+    with pytest.raises(ManifestError, match="image in two splits"):
+        read(tmp_path, images, *ROWS, f"{spelling.format(root=images)},0,test", strict_split=True)
+
+
+def test_a_huge_label_does_not_become_advice(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(ManifestError) as caught:
+        read(tmp_path, images, *ROWS, "f.png,1e30,train")
+    assert "pass --nb_classes 1000000000000" not in str(caught.value)

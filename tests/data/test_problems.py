@@ -19,7 +19,8 @@ def many(kind: str, n: int, **more) -> list[Problem]:
 @pytest.mark.parametrize(("place", "expected"), [
     ({}, "bad label: is empty. Remedy: fill it."),
     ({"row": 7}, "bad label (row 7): is empty. Remedy: fill it."),
-    ({"row": 7, "column": "label", "file": "a.png"}, "bad label (row 7, column label, a.png): is empty. Remedy: fill it."),
+    ({"row": 7, "column": "label", "file": "a.png"},
+     "bad label (row 7, column label, a.png): is empty. Remedy: fill it."),
     ({"column": "label"}, "bad label (column label): is empty. Remedy: fill it."),
 ])
 def test_one_line(place: dict, expected: str) -> None:

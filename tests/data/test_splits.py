@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from furnace.data.manifest import Manifest
 from furnace.data.splits import take_percent
 from furnace.runtime.files import UserError
+from helpers import GOLDEN
 
 PUBLISHED = json.loads((GOLDEN / "percent_data.json").read_text())
 
@@ -22,7 +22,7 @@ def manifest(labels: list[int], images: list[str] | None = None, splits: list[st
     """A manifest without files."""
     frame = pd.DataFrame({"image": images or [f"{i}.png" for i in range(len(labels))],
                           "label": np.array(labels, dtype=np.int64), "split": splits or ["train"] * len(labels),
-                          "row": range(2, len(labels) + 2)})
+                          "_row": range(2, len(labels) + 2)})
     return Manifest(frame=frame, name="x", csv_path=Path("x.csv"), root=Path("."), sha256="", images_digest="",
                     class_names=tuple(map(str, range(max(labels, default=0) + 1))), label_column="label",
                     group_columns=())
@@ -98,7 +98,13 @@ def test_a_lost_class_warns(caplog) -> None:
     assert set(take_percent(train, 0.05, mode="stratified").labels) == {0, 1} and not caplog.records
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.01, -0.5])
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
+def test_fraction_outside_its_range(fraction: float) -> None:
+    with pytest.raises(ValueError, match="is not in"):
+        take_percent(manifest([0, 1] * 5), fraction, mode="stratified")
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.09])
 def test_no_image_is_refused(fraction: float) -> None:
     with pytest.raises(UserError, match=rf"--percent_data {fraction} of 10 train images is no image"):
         take_percent(manifest([0, 1] * 5), fraction)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+
 from furnace.data import synthetic
 from furnace.data.synthetic import CLASS_NAMES, draw_demo_data_set
-from PIL import Image
 
 COLUMNS = ["image", "label", "binary_label", "split", "patient_id", "lesion_id", "sex", "age", "skin_type", "site",
            "mask", "caption", "class_name"]  # fmt: skip

@@ -5,13 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN
 from PIL import Image
 
 from furnace.data.transforms import build_transform
-from furnace.models.panderm import PANDERM_EVAL
-
-PANDERM = PANDERM_EVAL
+from furnace.models.panderm import PANDERM_EVAL as PANDERM
+from helpers import GOLDEN
 
 
 def config(**change) -> dict:

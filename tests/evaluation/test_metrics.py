@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN
 from sklearn import metrics as sk
 from torchmetrics.functional.classification import (
     binary_specificity,
@@ -16,6 +15,7 @@ from torchmetrics.functional.classification import (
 )
 
 from furnace.evaluation.metrics import NAMES, classification_metrics
+from helpers import GOLDEN
 
 GOLD = json.loads((GOLDEN / "metrics.json").read_text())
 INPUTS = np.load(GOLDEN / "metrics_inputs.npz")
@@ -32,7 +32,7 @@ def random_case(k: int, n: int = 90, seed: int = 0, sharp: float = 1.0) -> tuple
     return y, p
 
 
-# ------------------------------------------------------------------------------------------------- published numbers
+# --------------------------------------------------------------- published numbers
 
 @pytest.mark.parametrize(("case", "names"), [
     ("lp_six", {"acc": "lin_acc", "bacc": "lin_bacc", "kappa": "lin_kappa", "weighted_f1": "lin_weighted_f1",
@@ -53,7 +53,7 @@ def test_published_values(case: str, names: dict[str, str]) -> None:
         assert found["macro_f1"] == pytest.approx(expected["lin_report"]["macro avg"]["f1-score"], abs=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------- other libraries
+# ----------------------------------------------------------------- other libraries
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("k", [2, 3, 7])
@@ -130,7 +130,7 @@ def test_no_warnings() -> None:
             classification_metrics(y[keep], p[keep])
 
 
-# ------------------------------------------------------------------------------------------------- the form of the input
+# ----------------------------------------------------------- the form of the input
 
 def test_one_column_is_class_one() -> None:
     y, p = random_case(2)
@@ -173,7 +173,7 @@ def test_bad_input_is_refused(y, p) -> None:
         classification_metrics(y, p)
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be computed
+# --------------------------------------------------------- what cannot be computed
 
 @pytest.mark.parametrize("absent", [0, 3, 5])
 def test_an_absent_class_is_nan_with_a_reason(absent: int) -> None:
@@ -223,7 +223,7 @@ def test_one_image() -> None:
 
 def test_every_nan_has_a_reason_and_every_reason_a_nan() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(60):
         k, n = rng.integers(2, 5), rng.integers(1, 6)
         y, p = rng.integers(0, k, n), rng.dirichlet(np.ones(k), n)
         found = classification_metrics(y, p)

@@ -37,7 +37,8 @@ def test_predictions_of_no_image() -> None:
     assert len(table) == 0 and len(table.columns) == 6
 
 
-@pytest.mark.parametrize(("name", "quoted"), [("HAM10000", "HAM10000"), ("a,b", '"a,b"'), ("PAD-UFES 20", "PAD-UFES 20")])
+@pytest.mark.parametrize(("name", "quoted"), [("HAM10000", "HAM10000"), ("a,b", '"a,b"'),
+                                              ("PAD-UFES 20", "PAD-UFES 20")])
 def test_table_row(name: str, quoted: str) -> None:
     row = table_row(name, Metrics(VALUES, {}))
     assert row == f"{quoted},0.1250,0.2500,0.0625,0.0000,0.3750"

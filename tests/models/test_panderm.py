@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import GOLDEN, golden_state, make_ckpt
 
 from furnace.models import create_backbone, panderm
 from furnace.runtime.files import CheckpointError
+from helpers import GOLDEN, golden_state, make_ckpt
 
 
 def golden_inputs() -> torch.Tensor:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import golden_state
 from safetensors.torch import save_file
 
 from furnace import create_backbone, list_backbones
 from furnace.runtime.files import UserError, sha256_file
+from helpers import golden_state
 
 
 def test_names_of_the_issue_are_listed() -> None:

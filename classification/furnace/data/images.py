@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from furnace.data.problems import Problem
+from furnace.data.problems import ROW, Problem
 
-# what Pillow raises on damaged files, by format
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# what Pillow raises on damaged files, by format (RuntimeError: AVIF)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
+                 Image.DecompressionBombError)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".tif", ".bmp", ".webp")
 
 
@@ -46,7 +47,7 @@ def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> str
     """Look at every image's header, with threads: missing, empty and non-image files become problems.
 
     Args:
-        frame: with the columns image and row.
+        frame: with the columns image and ROW.
         root: the folder of the images.
         problems: extended in the order of the rows.
 
@@ -55,15 +56,15 @@ def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> str
     """
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = list(pool.map(lambda name: _look(root, name), frame["image"]))
-    for (size, text, remedy), name, row in zip(found, frame["image"], frame["row"], strict=True):
+    missing = sum(size is None for size, _, _ in found)
+    if missing == len(found) and missing:
+        problems.append(Problem("wrong folder", text=f"not one of the {missing} images lies under {root}",
+                                remedy="pass the --root_path that the image column is relative to"))
+    for (size, text, remedy), name, row in zip(found, frame["image"], frame[ROW], strict=True):
         if text:
             kind = {None: "missing file", 0: "empty file"}.get(size, "not an image")
             problems.append(Problem(kind if name else "no file name", file=name or "", row=int(row), column="image",
                                     text=text, remedy=remedy))
-    missing = sum(size is None for size, _, _ in found)
-    if missing == len(found) and missing:
-        problems.append(Problem("missing file", text=f"not one of the {missing} images lies under {root}",
-                                remedy="is --root_path the folder that the image column is relative to?"))
     digest = hashlib.sha256()
     for name, size in sorted({(str(name), size) for name, (size, _, _) in zip(frame["image"], found, strict=True)
                               if size is not None}):
@@ -80,6 +81,8 @@ def _look(root: Path, name: str | None) -> tuple[int | None, str, str]:
         size = path.stat().st_size
         if path.is_dir():
             return None, "is a folder", "name an image file"
+    except ValueError:
+        return None, "the name holds a NUL byte", "correct the name"
     except OSError:
         other = next((name + end for end in EXTENSIONS if os.path.exists(f"{path}{end}")), None)
         return None, f"{path} does not exist", f"write {other}" if other else "correct the name or --root_path"

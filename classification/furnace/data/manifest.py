@@ -9,21 +9,23 @@ import csv
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from furnace.data.images import check_files
-from furnace.data.problems import ManifestError, Problem, report
+from furnace.data.problems import ROW, ManifestError, Problem, report
 from furnace.runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 GROUP_COLUMNS = ("patient_id", "lesion_id")
+MOST_CLASSES = 10_000  # a higher label is rather an id than a class
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Manifest:
     """A checked table of labelled images; immutable. Splits and subsets are Manifests too.
 
     Attributes:
-        frame: a row per image: image (str), label (int64), split, row (line of the CSV), then the other columns as
-            text (NaN where empty).
+        frame: a row per image: image (str), label (int64), split, ROW (line of the CSV), then the other columns as
+            text (NaN where empty); with binary_label, a label column beside it is kept as multiclass_label.
         name: the CSV's stem, the name of the data set.
         csv_path: the file.
         root: the folder that ``image`` is relative to.
@@ -116,27 +118,27 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
     label_column = _label_column(frame, nb_classes, problems)
     for column in ("image", "split"):
         if column not in frame:
-            found = ", ".join(c for c in frame.columns if c != "row") or "none"
-            problems.append(Problem("missing column", column=column, text=f"the columns are: {found}",
-                                    remedy=f"add a column named {column}"))
+            problems.append(_missing_column(frame, column, f"add a column named {column}"))
     images_digest = ""
     if "split" in frame:
         frame["split"] = _check_splits(frame, problems)
     if label_column:
+        if label_column != "label" and "label" in frame:
+            frame["multiclass_label"] = frame["label"]
         frame["label"] = _check_labels(frame, label_column, nb_classes, problems)
         if "split" in frame:
             _check_train_classes(frame, nb_classes, label_column, problems)
     if "image" in frame:
         images_digest = check_files(frame, root, problems)
         if label_column and "split" in frame:
-            _check_repeats(frame, strict_split, problems)
+            _check_repeats(frame, root, strict_split, problems)
     groups = tuple(column for column in GROUP_COLUMNS if column in frame)
     if "split" in frame:
         for column in groups:
             _check_group_leakage(frame, column, strict_split, problems)
     class_names = _class_names(frame, nb_classes, class_names_file, problems)
     report(problems, csv_path=csv_path, folder=report_folder)
-    first = ["image", "label", "split", "row"]
+    first = ["image", "label", "split", ROW]
     return Manifest(frame=frame[first + [c for c in frame.columns if c not in first]].astype({"label": "int64"}),
                     name=csv_path.stem, csv_path=csv_path, root=root, sha256=hashlib.sha256(content).hexdigest(),
                     images_digest=images_digest, class_names=class_names, label_column=label_column,
@@ -144,7 +146,7 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
 
 
 def _parse(content: bytes, csv_path: Path, problems: list[Problem]) -> pd.DataFrame:
-    """Bytes to a table of stripped text; empty cells become None, blank lines go, ``row`` is the line in the file."""
+    """Bytes to a table of stripped text; empty cells become None, blank lines go, ROW is the line in the file."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -173,7 +175,7 @@ def _parse(content: bytes, csv_path: Path, problems: list[Problem]) -> pd.DataFr
     columns = {name: [cells[i] if i < len(cells) and cells[i] else None for _, cells in body]
                for i, name in reversed(list(enumerate(header))) if name}  # the first of equal names wins
     frame = pd.DataFrame({name: columns[name] for name in dict.fromkeys(header) if name}, dtype=object)
-    frame["row"] = [number for number, _ in body]
+    frame[ROW] = [number for number, _ in body]
     if not body:
         problems.append(Problem("no rows", text="the CSV has a header and no images", remedy="add a row per image"))
     return frame
@@ -190,15 +192,21 @@ def _label_column(frame: pd.DataFrame, nb_classes: int, problems: list[Problem])
     remedy = "add a column with integers from 0"
     if "binary_label" in frame:
         remedy = "pass --nb_classes 2 to use the column binary_label, or add a column label"
-    problems.append(Problem("missing column", column=wanted,
-                            text=f"the columns are: {', '.join(c for c in frame.columns if c != 'row')}",
-                            remedy=remedy))
+    problems.append(_missing_column(frame, wanted, remedy))
     return None
+
+
+def _missing_column(frame: pd.DataFrame, column: str, remedy: str) -> Problem:
+    """With the columns that are there, and the one that differs by capitals only."""
+    present = [name for name in frame.columns if name != ROW]
+    close = [name for name in present if name.lower() == column]
+    return Problem("missing column", column=column, text=f"the columns are: {', '.join(present) or 'none'}",
+                   remedy=f"rename {close[0]} to {column}" if close else remedy)
 
 
 def _check_splits(frame: pd.DataFrame, problems: list[Problem]) -> pd.Series:
     """Every split name known, train and test not empty."""
-    for row, value in frame.loc[~frame["split"].isin(SPLITS), ["row", "split"]].itertuples(index=False):
+    for row, value in frame.loc[~frame["split"].isin(SPLITS), [ROW, "split"]].itertuples(index=False):
         guess = {"tr": "train", "va": "val", "de": "val", "te": "test"}.get(str(value).lower()[:2])
         problems.append(Problem("unknown split", row=row, column="split",
                                 text="is empty" if value is None else f"{value!r} is none of train, val, test",
@@ -224,8 +232,9 @@ def _check_labels(frame: pd.DataFrame, column: str, nb_classes: int, problems: l
             text, remedy = f"{value!r} is not an integer", "number the classes from 0 (names may stand in class_name)"
         else:
             text = f"{value} is not in 0..{nb_classes - 1}"
-            remedy = f"pass --nb_classes {highest + 1}" if numbers.iat[index] > 0 else "number the classes from 0"
-        problems.append(Problem("bad label", row=int(frame["row"].iat[index]), column=column, text=text,
+            fits = 0 < numbers.iat[index] and highest < MOST_CLASSES
+            remedy = f"pass --nb_classes {highest + 1}" if fits else "number the classes from 0"
+        problems.append(Problem("bad label", row=int(frame[ROW].iat[index]), column=column, text=text,
                                 remedy=remedy))
     return numbers.where(known, -1).astype("int64")
 
@@ -240,13 +249,17 @@ def _check_train_classes(frame: pd.DataFrame, nb_classes: int, column: str, prob
                                 remedy=f"add some, or pass the right --nb_classes (now {nb_classes})"))
 
 
-def _check_repeats(frame: pd.DataFrame, strict: bool, problems: list[Problem]) -> None:
-    """One image in several rows: with two labels an error; in two splits or twice in one, a warning."""
-    known = frame[frame["image"].notna()]
-    identity = known["image"].map(lambda name: str(PurePosixPath(name.replace("\\", "/"))))
-    for image, rows in known.groupby(identity[identity.duplicated(keep=False)], sort=False):
-        lines = ", ".join(map(str, rows["row"]))
-        row = int(rows["row"].iat[1])
+def _check_repeats(frame: pd.DataFrame, root: Path, strict: bool, problems: list[Problem]) -> None:
+    """One image in several rows: with two labels an error; in two splits or twice in one, a warning.
+
+    Rows whose label or split is already reported as wrong say nothing here.
+    """
+    known = frame[frame["image"].notna() & frame["split"].isin(SPLITS) & (frame["label"] >= 0)]
+    identity = known["image"].map(lambda name: os.path.normpath(root / name))
+    for _, rows in known.groupby(identity[identity.duplicated(keep=False)], sort=False):
+        image = rows["image"].iat[0]
+        lines = ", ".join(map(str, rows[ROW]))
+        row = int(rows[ROW].iat[1])
         if rows["label"].nunique() > 1:
             labels = " and ".join(map(str, sorted(rows["label"].unique())))
             problems.append(Problem("two labels", row=row, column="image", file=image,
@@ -264,7 +277,7 @@ def _check_group_leakage(frame: pd.DataFrame, column: str, strict: bool, problem
     """One patient (or lesion) in two splits; an empty id is a group of its own."""
     known = frame[frame[column].notna() & frame["split"].isin(SPLITS)]
     splits = known.groupby(column, sort=False)["split"].agg(lambda values: tuple(dict.fromkeys(values)))
-    rows = known.groupby(column, sort=False)["row"].first()
+    rows = known.groupby(column, sort=False)[ROW].first()
     for group, names in splits[splits.map(len) > 1].items():
         problems.append(Problem(f"{column.removesuffix('_id')} in two splits", row=int(rows[group]), column=column,
                                 warning=not strict, text=f"{group} has images in {' and '.join(names)}",
@@ -278,8 +291,12 @@ def _class_names(frame: pd.DataFrame, nb_classes: int, file: str | Path | None,
     if file:
         path = Path(str(file).strip()).expanduser()
         if not path.is_file():
-            raise UserError(f"--class_names {path} does not exist: a text file with one name a line")
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            raise UserError(f"--class_names {path} is no file: it must be a text file with one name a line")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--class_names {path} is not UTF-8 text: save it as UTF-8") from error
+        names = [line.strip() for line in text.splitlines() if line.strip()]
         if len(names) != nb_classes or len(set(names)) != len(names):
             problems.append(Problem("class names", file=str(path), text=f"has {len(set(names))} different names for "
                             f"{nb_classes} classes", remedy="write one name a line, in the order of the labels"))

@@ -13,6 +13,7 @@ from furnace.runtime.files import UserError
 logger = logging.getLogger(__name__)
 
 PRINTED = 20
+ROW = "_row"  # the manifest's column with each image's line in the CSV; no user's column has this name
 
 
 class ManifestError(UserError):

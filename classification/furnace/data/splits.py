@@ -26,6 +26,8 @@ def take_percent(train: Manifest, fraction: float, *, mode: str = "published", s
     Raises:
         UserError: the fraction leaves no image.
     """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction} is not in (0, 1]")
     shuffled = train.take(train.frame.sample(frac=1, random_state=PUBLISHED_SEED + seed).index)
     if mode == "published":
         part = shuffled.take(range(int(len(train) * fraction)))

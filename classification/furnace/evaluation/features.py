@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from furnace.data.manifest import ROW, Manifest
 from furnace.runtime import distributed
 from furnace.runtime.files import UserError
 from furnace.runtime.precision import autocast, pick_device
@@ -32,7 +33,6 @@ class Features:
     filenames: list[str]
 
 
-@torch.inference_mode()
 def extract_features(backbone: torch.nn.Module, loader: DataLoader, *, device: torch.device | str | None = None,
                      amp_dtype: str = "fp32", description: str = "features") -> Features | None:
     """Run a frozen backbone over a loader: one forward pass per batch, in eval mode, without gradients.
@@ -55,8 +55,22 @@ def extract_features(backbone: torch.nn.Module, loader: DataLoader, *, device: t
         UserError: files that cannot be decoded, or features that are not finite.
     """
     device = torch.device(device) if device is not None else pick_device()
-    backbone = backbone.to(device).eval()
+    backbone = backbone.to(device).eval()  # outside inference mode: moved weights must stay trainable
     manifest = loader.dataset.manifest
+    embeddings, broken = _run(backbone, loader, device, amp_dtype, description)
+    _refuse_broken(distributed.gather_lists(broken), manifest)
+    bad = [loader.sampler.positions[i] for i in np.flatnonzero(~np.isfinite(embeddings).all(axis=1))]
+    _refuse_non_finite(distributed.gather_lists(bad), manifest, amp_dtype)
+    whole = distributed.gather_strided(embeddings, len(manifest))
+    if whole is None:
+        return None
+    return Features(embeddings=whole, labels=manifest.labels, filenames=manifest.filenames)
+
+
+@torch.inference_mode()
+def _run(backbone: torch.nn.Module, loader: DataLoader, device: torch.device, amp_dtype: str,
+         description: str) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """This process's rows (n, D), and the files that could not be decoded."""
     count = len(loader.sampler)
     embeddings: np.ndarray | None = None
     broken: list[tuple[int, str]] = []
@@ -72,27 +86,21 @@ def extract_features(backbone: torch.nn.Module, loader: DataLoader, *, device: t
                 embeddings[done:done + len(output)] = output.float().cpu().numpy()
                 done += len(output)
             bar.update(len(batch.indices) + len(batch.broken))
-    _refuse_broken(distributed.gather_lists(broken), manifest)
-    if embeddings is None:  # more processes than images
+    if embeddings is None:  # more processes than images, or nothing could be decoded
         embeddings = np.empty((0, backbone.num_features), dtype=np.float32)
-    bad = [loader.sampler.positions[i] for i in np.flatnonzero(~np.isfinite(embeddings).all(axis=1))]
-    _refuse_non_finite(distributed.gather_lists(bad), manifest, amp_dtype)
-    whole = distributed.gather_strided(embeddings, len(manifest))
-    if whole is None:
-        return None
-    return Features(embeddings=whole, labels=manifest.labels, filenames=manifest.filenames)
+    return embeddings, broken
 
 
-def _refuse_broken(broken: list[tuple[int, str]], manifest) -> None:
+def _refuse_broken(broken: list[tuple[int, str]], manifest: Manifest) -> None:
     if not broken:
         return
     broken = sorted(broken)
-    lines = [f"  row {manifest.frame['row'].iat[i]}, {manifest.path_of(i)}: {reason}" for i, reason in broken]
+    lines = [f"  row {manifest.frame[ROW].iat[i]}, {manifest.path_of(i)}: {reason}" for i, reason in broken]
     raise UserError(f"{len(broken)} image{'s' if len(broken) > 1 else ''} cannot be decoded:\n" + "\n".join(lines) +
                     "\n  Copy or download them again, or delete their rows.")
 
 
-def _refuse_non_finite(bad: list[int], manifest, amp_dtype: str) -> None:
+def _refuse_non_finite(bad: list[int], manifest: Manifest, amp_dtype: str) -> None:
     if bad:
         names = ", ".join(manifest.filenames[i] for i in sorted(bad)[:PRINTED])
         raise UserError(f"the features of {len(bad)} images are not finite in {amp_dtype} ({names}): "

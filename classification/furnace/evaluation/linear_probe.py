@@ -66,18 +66,23 @@ def fit_linear_probe(features: np.ndarray, labels: np.ndarray, *, nb_classes: in
         device: where to fit; float32 everywhere.
 
     Raises:
-        UserError: fewer than two classes in ``labels``.
+        UserError: fewer than two classes in ``labels``, or features that are not finite.
+        ValueError: a label outside 0..nb_classes-1.
     """
+    if not np.isfinite(features).all():
+        raise UserError("the features are not finite: extract them with --amp_dtype fp32")
     classes, targets = np.unique(np.asarray(labels), return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"the train images have {len(classes)} class: a probe needs two or more "
                         "(take a larger --percent_data, or --percent_mode stratified)")
     nb_classes = int(classes.max()) + 1 if nb_classes is None else nb_classes
+    if classes.min() < 0 or classes.max() >= nb_classes:
+        raise ValueError(f"labels {classes.min()}..{classes.max()} are not in 0..{nb_classes - 1}")
     x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(device)
     y = torch.from_numpy(targets.astype(np.int64)).to(device)
     cost = x.shape[1] * len(classes) / 100
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         head = torch.nn.Linear(x.shape[1], len(classes))  # on the CPU: the same start on every device
     head = head.to(device)
 
@@ -95,8 +100,9 @@ def fit_linear_probe(features: np.ndarray, labels: np.ndarray, *, nb_classes: in
         return value
 
     optimiser.step(closure)
-    iterations = int(optimiser.state[head.weight]["n_iter"])
-    if iterations >= max_iterations:
+    state = optimiser.state[head.weight]
+    iterations = int(state["n_iter"])
+    if iterations >= max_iterations or state["func_evals"] >= max_iterations * 5 // 4:
         logger.warning("the linear probe stopped after %d iterations without converging", iterations)
     with torch.no_grad():
         final = float(objective())

@@ -35,7 +35,8 @@ def classification_metrics(y_true: np.ndarray, probabilities: np.ndarray) -> Met
     - ece: top-label expected calibration error, 15 bins of equal width, L1;
     - brier: mean (p1 - y)^2 when binary, else mean over images of the sum over classes of (p - y)^2.
 
-    A metric that averages over classes is NaN, with a reason, when a class is absent from ``y_true``.
+    When a class is absent from ``y_true``, the metrics that need images of every class (macro_f1, auroc, auroc_ovr,
+    aupr, sensitivity) are NaN, with a reason.
 
     Args:
         y_true: (N,) integers in 0..K-1.
@@ -86,7 +87,7 @@ def _checked(y_true: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray,
     y_true, p = np.asarray(y_true), np.asarray(probabilities, dtype=np.float64)
     if p.ndim == 1:
         p = np.stack([1 - p, p], axis=1)  # (N,) -> (N, 2)
-    if not len(y_true) or len(y_true) != len(p) or p.ndim != 2 or p.shape[1] < 2:
+    if y_true.ndim != 1 or not len(y_true) or len(y_true) != len(p) or p.ndim != 2 or p.shape[1] < 2:
         raise ValueError(f"need N labels and (N, K) probabilities, got {y_true.shape} and {p.shape}")
     if not np.isfinite(p).all() or p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
         raise ValueError("probabilities must be finite, not negative, and sum to 1 in every row")

@@ -161,7 +161,7 @@ def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: b
     fixed = _takes_image_size(entry.architecture)
     sized = {"img_size": input_size} if fixed and input_size is not None else {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         try:
             model = timm.create_model(entry.architecture, pretrained=pretrained, num_classes=0, **sized)
         except AssertionError as error:

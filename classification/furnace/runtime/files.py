@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,6 +96,21 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_yaml(path: str | Path, value: dict[str, Any]) -> None:
     """Write a flat YAML file atomically, keys in their order."""
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def check_space(folder: str | Path, needed: int) -> None:
+    """Refuse a folder that cannot take ``needed`` bytes, before hours of work whose result would not fit.
+
+    Raises:
+        OutputError: too little space.
+    """
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(f"the disk of {folder} has {free:,} bytes free and the results need about {needed:,}: the "
+                          "disk is full; free some space or choose another --output_dir")
 
 
 def append_row(path: str | Path, header: str, row: str, *, once: bool = False) -> bool:

@@ -1,0 +1,91 @@
+"""Parsers: published flags, YAML defaults, refusals."""
+
+import pytest
+import yaml
+
+from furnace.arguments import PUBLISHED, entry_point, linear_eval_parser, parse
+from furnace.runtime.files import UserError
+
+PARSERS = {"linear_eval.py": linear_eval_parser}
+NEEDED = ["--model", "demo", "--csv_path", "a.csv"]
+
+
+@pytest.mark.parametrize("script", PUBLISHED)
+def test_every_published_flag_is_accepted(script: str) -> None:
+    """And nothing stands in the table that the parser lacks."""
+    flags = {flag for action in PARSERS[script]()._actions for flag in action.option_strings}
+    assert set(PUBLISHED[script]) <= flags
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_option_has_help(script: str) -> None:
+    """A user reads --help first."""
+    assert all(action.help for action in PARSERS[script]()._actions)
+
+
+def test_published_defaults() -> None:
+    """Fraction 1, two classes, batches of 200."""
+    args = parse(linear_eval_parser(), NEEDED)
+    assert (args.percent_data, args.nb_classes, args.batch_size, args.seed) == (1.0, 2, 200, 0)
+
+
+def test_blanks_around_values_do_no_harm() -> None:
+    """The published command has one behind --root_path."""
+    args = parse(linear_eval_parser(), [*NEEDED, "--root_path", "data/images/ ", "--csv_filename", " r.csv "])
+    assert str(args.root_path) == "data/images" and args.csv_filename == "r.csv"
+
+
+def test_yaml_sets_defaults_and_the_command_line_wins(tmp_path) -> None:
+    """All kinds of values; None means not given."""
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"model": "demo", "csv_path": "b.csv", "percent_data": 0.1, "strict_split": True,
+                                      "overwrite": False, "root_path": None, "nb_classes": 7}))
+    args = parse(linear_eval_parser(), ["-c", str(config), "--nb_classes", "3"])
+    assert (args.model, str(args.csv_path), args.percent_data, args.strict_split, args.overwrite, args.root_path,
+            args.nb_classes) == ("demo", "b.csv", 0.1, True, False, None, 3)
+
+
+@pytest.mark.parametrize("content,words", [("nb_clases: 3", "unknown options: nb_clases"), ("- a", "must hold lines"),
+                                           ("a: [", "not valid YAML"), ("strict_split: 3", "must be true or false")])
+def test_bad_yaml(tmp_path, content: str, words: str) -> None:
+    """Refused, never ignored."""
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError, match=words):
+        parse(linear_eval_parser(), [*NEEDED, "-c", str(tmp_path / "c.yaml")])
+
+
+def test_absent_yaml() -> None:
+    """Named."""
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        parse(linear_eval_parser(), [*NEEDED, "--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize("words", [["--percent_data", "0"], ["--percent_data", "10"], ["--percent_data", "-1"],
+                                   ["--nb_classes", "1"], ["--batch_size", "0"], ["--num_workers", "-1"],
+                                   ["--amp_dtype", "fp8"], ["--percent_mode", "x"], ["--modle", "demo"],
+                                   ["--percent", "0.5"], ["--input_size", "8"]])
+def test_bad_values_exit_with_2(words: list[str], capsys) -> None:
+    """argparse's own usage message names the option."""
+    with pytest.raises(SystemExit) as error:
+        parse(linear_eval_parser(), [*NEEDED, *words])
+    assert error.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_entry_point_turns_user_errors_into_exit_code_2(capsys) -> None:
+    """Other errors keep their traceback: they are ours."""
+    @entry_point
+    def mistake(argv) -> int:
+        raise UserError("give another file")
+
+    @entry_point
+    def bug(argv) -> int:
+        raise KeyError("x")
+
+    @entry_point
+    def stopped(argv) -> int:
+        raise KeyboardInterrupt
+
+    assert mistake([]) == 2 and capsys.readouterr().err == "error: give another file\n"
+    assert stopped([]) == 130
+    with pytest.raises(KeyError):
+        bug([])
