@@ -55,16 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     began = time.perf_counter()
     amp_dtype = distributed.on_main(lambda: settle_precision(args, run, backbone.to(device), device))
-    transform = build_transform(backbone)
-    features = [extract_features(backbone, build_loader(part, transform, batch_size=args.batch_size,
-                                                        num_workers=args.num_workers, device=device),
-                                 device=device, amp_dtype=amp_dtype, description=name)
-                for name, part in (("train", train), ("test", test))]
-    if not distributed.is_main():
+    loader = build_loader(train.join(test), build_transform(backbone), batch_size=args.batch_size,
+                          num_workers=args.num_workers, device=device)
+    features = extract_features(backbone, loader, device=device, amp_dtype=amp_dtype)
+    if features is None:
         return 0
-    probe = fit_linear_probe(features[0].embeddings, features[0].labels, nb_classes=manifest.nb_classes,
+    probe = fit_linear_probe(features.embeddings[:len(train)], train.labels, nb_classes=manifest.nb_classes,
                              seed=args.seed, device=device)
-    probabilities = probe.predict_proba(features[1].embeddings)
+    probabilities = probe.predict_proba(features.embeddings[len(train):])
     metrics = classification_metrics(test.labels, probabilities)
     seconds = round(time.perf_counter() - began, 1)
     run.write_log({"train_images": len(train), "test_images": len(test), "cost": probe.cost,

@@ -170,7 +170,7 @@ def test_class_names_file_of_wrong_length(tmp_path: Path, images: Path, text: st
 
 
 def test_class_names_file_absent(tmp_path: Path, images: Path) -> None:
-    with pytest.raises(UserError, match="--class_names .*does not exist"):
+    with pytest.raises(UserError, match="--class_names .*is no file"):
         read(tmp_path, images, *ROWS, class_names_file=tmp_path / "no.txt")
 
 
@@ -472,3 +472,12 @@ def test_a_huge_label_does_not_become_advice(tmp_path: Path, images: Path) -> No
     with pytest.raises(ManifestError) as caught:
         read(tmp_path, images, *ROWS, "f.png,1e30,train")
     assert "pass --nb_classes 1000000000000" not in str(caught.value)
+
+
+def test_join_keeps_both_orders(tmp_path: Path, images: Path) -> None:
+    """The first one's rows, then the other's; neither changes."""
+    manifest = read(tmp_path, images, *ROWS)
+    train, test = manifest.split("train"), manifest.split("test")
+    both = test.join(train)
+    assert both.filenames == test.filenames + train.filenames and both.labels.tolist() == [*test.labels, *train.labels]
+    assert len(train) + len(test) == len(both) and both.path_of(len(test)) == train.path_of(0)

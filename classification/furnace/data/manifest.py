@@ -81,6 +81,10 @@ class Manifest:
         """The images of train, val or test, in the CSV's order."""
         return replace(self, frame=self.frame[self.frame["split"] == name].reset_index(drop=True))
 
+    def join(self, other: "Manifest") -> "Manifest":
+        """This one's images, then the other's (of the same data set)."""
+        return replace(self, frame=pd.concat([self.frame, other.frame], ignore_index=True))
+
     def take(self, indices: Sequence[int]) -> "Manifest":
         """The images at these positions, in this order."""
         return replace(self, frame=self.frame.iloc[list(indices)].reset_index(drop=True))
