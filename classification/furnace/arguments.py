@@ -183,7 +183,9 @@ def entry_point(function: Callable[[Sequence[str] | None], int]) -> Callable[...
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             distributed.start()
-            return function(argv)
+            code = function(argv)
+            distributed.stop()
+            return code
         except UserError as error:
             if distributed_rank == 0:
                 print(f"error: {error}", file=sys.stderr)
@@ -191,7 +193,5 @@ def entry_point(function: Callable[[Sequence[str] | None], int]) -> Callable[...
         except KeyboardInterrupt:
             print("interrupted; the same command starts the unfinished part again", file=sys.stderr)
             return 130
-        finally:
-            distributed.stop()
 
     return main

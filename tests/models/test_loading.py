@@ -1,5 +1,7 @@
 """Checkpoint files of every layout, on tiny models."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -141,7 +143,5 @@ def test_prefix_needs_matches() -> None:
                          ("vit_base_patch14_reg4_dinov2", "ViT-B/14 .DINOv2-type, as DermINO. with register")])
 def test_describe_state(name: str, words: str) -> None:
     """What a file seems to be."""
-    import re
-    with torch.device("meta"):
-        state = timm.create_model(name, num_classes=0).state_dict()
+    state = timm.create_model(name, num_classes=0).state_dict()
     assert re.search(words, describe_state(state))

@@ -27,8 +27,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group together, after a common end; a process that failed just exits."""
     if dist.is_initialized():
+        dist.barrier()  # with gloo in torch 2.4, a process that leaves early can hang the others
         dist.destroy_process_group()
 
 
