@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backbone = create_backbone(args.model, args.pretrained_checkpoint, input_size=args.input_size, seed=args.seed)
     run, finished = distributed.on_main(lambda: open_linear_run(args, manifest, backbone.provenance))
     if finished:
-        report_finished(run, finished, table)
+        report_finished(run, finished, table, earlier=True)
         return 0
 
     began = time.perf_counter()
@@ -73,12 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                "class_names": list(manifest.class_names), "table_row": table_row(manifest.name, metrics),
                "splits": {"test": {"n": len(test), "metrics": metrics.to_results()}}}
     run.write_results(results)
-    report_finished(run, results, table)
+    report_finished(run, results, table, earlier=False)
     return 0
 
 
 def refuse_input_as_table(table: Path, csv_path: Path) -> None:
-    """The results table must not be the data set's own CSV."""
+    """The results table must not be the data set's own CSV, nor be called like the folder of its runs."""
+    if table.name == csv_path.stem:
+        raise files.OutputError(f"--csv_filename {table.name} is the name of the folder of this data set's runs: "
+                                "choose another name")
     if table.exists() and csv_path.exists() and table.samefile(csv_path):
         raise files.OutputError(f"--csv_filename {table.name} in --output_dir is the input {csv_path}; nothing was "
                                 "written: choose another name")
@@ -95,24 +98,26 @@ def open_linear_run(args: argparse.Namespace, manifest: Manifest,
     files.check_space(path, 65536 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
     run = open_run(path, parts=parts, overwrite=args.overwrite, auto_resume=not args.no_auto_resume,
                    environment={"seed": args.seed, "csv_sha256": manifest.sha256, "weights": provenance.to_dict()})
-    return run, run.read_results()
+    results = run.read_results()
+    complete = results and "table_row" in results and (run.path / "test.csv").exists()
+    return run, results if complete else None
 
 
 def settle_precision(args: argparse.Namespace, run: RunDirectory, backbone, device) -> str:
     """Resolve ``--amp_dtype auto`` once; an unfinished run keeps what it had settled on. Writes args.yaml."""
     amp_dtype = args.amp_dtype
     if amp_dtype == "auto":
-        amp_dtype = run.previous.get("amp_dtype", "auto")
+        amp_dtype = run.previous.get("resolved_amp_dtype", "auto")
     amp_dtype = resolve_amp_dtype(amp_dtype, backbone, device, args.input_size)
-    run.write_arguments({**vars(args), "amp_dtype": amp_dtype, "config": None})
+    run.write_arguments({**vars(args), "resolved_amp_dtype": amp_dtype})
     return amp_dtype
 
 
-def report_finished(run: RunDirectory, results: dict[str, Any], table: Path) -> None:
-    """Add the run to the results table, print its metrics and name its files (also for a run finished earlier)."""
+def report_finished(run: RunDirectory, results: dict[str, Any], table: Path, *, earlier: bool) -> None:
+    """Print a run's metrics and name its files; its line goes to the table, for an earlier run where it lacks."""
     if not distributed.is_main():
         return
-    files.append_row(table, TABLE_HEADER, results["table_row"], once=True)
+    files.append_row(table, TABLE_HEADER, results["table_row"], once=earlier)
     test = results["splits"]["test"]
     logger.info("%s", metric_lines(test["metrics"], f"{results['data_set']}, {results['model']}: "
                                    f"{test['n']} test images, {results['amp_dtype']}"))

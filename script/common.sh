@@ -5,10 +5,10 @@ WEIGHTS="${WEIGHTS:-pretrain_weight}"      # folder of the checkpoint files
 OUT="${OUT:-output_dir}"                   # folder of all results
 MODELS="${MODELS:-PanDerm_Large_LP PanDerm_Base_LP}"
 
-# The interpreter: an explicit PYTHON, the active environment, the repository's .venv, else python3.
+# The interpreter: an explicit PYTHON, an activated venv, the repository's .venv, else python3 (conda's, when active).
 pick_python() {
   if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"
-  elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then echo python3
+  elif [ -n "${VIRTUAL_ENV:-}" ]; then echo python3
   elif [ -x .venv/bin/python ]; then echo .venv/bin/python
   else echo python3; fi
 }

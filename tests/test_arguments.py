@@ -54,6 +54,17 @@ def test_bad_yaml(tmp_path, content: str, words: str) -> None:
         parse(linear_eval_parser(), [*NEEDED, "-c", str(tmp_path / "c.yaml")])
 
 
+def test_what_a_run_settled_is_no_option(tmp_path) -> None:
+    """args.yaml carries resolved_* beside the options."""
+    (tmp_path / "c.yaml").write_text("amp_dtype: auto\nresolved_amp_dtype: bf16\n")
+    assert parse(linear_eval_parser(), [*NEEDED, "-c", str(tmp_path / "c.yaml")]).amp_dtype == "auto"
+
+
+def test_blank_root_path_is_the_csvs_folder() -> None:
+    """Not the current one."""
+    assert parse(linear_eval_parser(), [*NEEDED, "--root_path", " "]).root_path is None
+
+
 def test_absent_yaml() -> None:
     """Named."""
     with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
@@ -63,7 +74,8 @@ def test_absent_yaml() -> None:
 @pytest.mark.parametrize("words", [["--percent_data", "0"], ["--percent_data", "10"], ["--percent_data", "-1"],
                                    ["--nb_classes", "1"], ["--batch_size", "0"], ["--num_workers", "-1"],
                                    ["--amp_dtype", "fp8"], ["--percent_mode", "x"], ["--modle", "demo"],
-                                   ["--percent", "0.5"], ["--input_size", "8"]])
+                                   ["--percent", "0.5"], ["--csv_filename", ""], ["--csv_filename", "a/b.csv"],
+                                   ["--csv_filename", "x" * 300], ["--input_size", "8"]])
 def test_bad_values_exit_with_2(words: list[str], capsys) -> None:
     """argparse's own usage message names the option."""
     with pytest.raises(SystemExit) as error:

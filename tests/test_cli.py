@@ -231,21 +231,52 @@ def test_overwrite_runs_again(tmp_path) -> None:
     first, inode = path.read_text(), path.stat().st_ino
     assert run(csv, tmp_path / "out", "--overwrite") == 0
     assert path.read_text() == first and path.stat().st_ino != inode
+    assert (path.parent / "previous" / "test.csv").read_text() == first
+
+
+def test_overwrite_that_fails_loses_nothing(tmp_path) -> None:
+    """The former results lie in previous/ when the new run ends in a broken image."""
+    csv = small_set(tmp_path / "data")
+    assert run(csv, tmp_path / "out") == 0
+    folder = next((tmp_path / "out").glob("*/*"))
+    before = snapshot(folder)
+    assert run(csv, tmp_path / "out", "--overwrite", "--device", "cuda:77") == 2 and snapshot(folder) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("furnace.data.datasets.load_rgb", lambda path: (_ for _ in ()).throw(OSError("cut")))
+        assert run(csv, tmp_path / "out", "--overwrite") == 2
+    assert {name: (folder / "previous" / name).read_bytes() for name in before} == before
+
+
+def test_deleted_predictions_are_made_again(tmp_path) -> None:
+    """A finished run without its test.csv is not finished."""
+    csv = small_set(tmp_path / "data")
+    assert run(csv, tmp_path / "out") == 0
+    path = next((tmp_path / "out").glob("*/*/test.csv"))
+    first = path.read_text()
+    path.unlink()
+    assert run(csv, tmp_path / "out") == 0 and path.read_text() == first
 
 
 def test_other_pictures_are_another_run(tmp_path) -> None:
     """Same CSV, other images under --root_path: not answered from the stored results."""
     csv = small_set(tmp_path / "data")
     assert run(csv, tmp_path / "out") == 0
-    draw_images(tmp_path / "other", pd.read_csv(csv)["image"].tolist(), seed=5, size=(41, 33))
+    draw_images(tmp_path / "other", pd.read_csv(csv)["image"].tolist(), seed=5)
     assert run(csv, tmp_path / "out", "--root_path", str(tmp_path / "other")) == 0
     assert len(list((tmp_path / "out").glob("*/*/results.json"))) == 2
+    path = tmp_path / "data" / "images" / "test_0_0.png"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit, same size
+    path.write_bytes(content)
+    assert run(csv, tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*/*/results.json"))) == 3
 
 
 def test_args_yaml_reproduces_the_run(tmp_path) -> None:
     """-c args.yaml is the run again, so it is answered from it."""
     csv = small_set(tmp_path / "data")
-    assert run(csv, tmp_path / "out", "--percent_data", "0.5", "--percent_mode", "stratified") == 0
+    more = ["--percent_data", "0.5", "--percent_mode", "stratified", "--overwrite", "--amp_dtype", "auto"]
+    assert run(csv, tmp_path / "out", *more) == 0
     before = snapshot(tmp_path / "out")
     config = next((tmp_path / "out").glob("*/*/args.yaml"))
     shutil.copy(config, tmp_path / "again.yaml")
@@ -345,7 +376,7 @@ MISTAKES = {
     "wrong root path": (lambda csv: ["--root_path", str(csv.parent / "images")], "not one of the 21 images lies under"),
     "root path that is not there": (lambda csv: ["--root_path", "nowhere"], "--root_path nowhere is not a folder"),
     "forgotten nb_classes": (lambda csv: ["--nb_classes", "2"], r"2 is not in 0\.\.1.*pass --nb_classes 3"),
-    "too many nb_classes": (lambda csv: ["--nb_classes", "5"], "no train image has class 3, 4"),
+    "too many nb_classes": (lambda csv: ["--nb_classes", "5"], "no train image has class 3 and 4"),
     "leak with --strict_split": (lambda csv: edit(",P3\n", ",P20\n")(csv) + ["--strict_split"],
                                  "patient in two splits.*P20 has images in train and test"),
     "percent that leaves nothing": (lambda csv: ["--percent_data", "0.01"], "is no image: take a larger fraction"),

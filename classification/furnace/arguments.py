@@ -36,9 +36,25 @@ PUBLISHED = {
 }
 
 
+RESOLVED = "resolved_"  # in a run's args.yaml: what the run settled by itself, no option
+
+
+def optional_path(text: str) -> Path | None:
+    """A path; blank means not given."""
+    return clean_path(text) if text.strip() else None
+
+
 def clean_path(text: str) -> Path:
     """A path without the blanks that copied commands carry around."""
     return Path(text.strip()).expanduser()
+
+
+def file_name(text: str) -> str:
+    """A bare file name: the published default, empty, crashed after all the work."""
+    name = text.strip()
+    if not name or len(name) > 200 or name in (".", "..") or "/" in name or "\\" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name (no folder, not empty), e.g. results.csv")
+    return name
 
 
 def fraction(text: str) -> float:
@@ -70,7 +86,7 @@ def linear_eval_parser() -> argparse.ArgumentParser:
                         help="published: the first part of one shuffle; stratified: the same share of every class")
     add_machine_options(parser, batch_size=200)
     add_output_options(parser)
-    parser.add_argument("--csv_filename", default="results.csv", type=str.strip,
+    parser.add_argument("--csv_filename", default="results.csv", type=file_name,
                         help="name of the results table inside output_dir; a line is added per run")
     return parser
 
@@ -98,7 +114,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Which images, labels and splits."""
     group = parser.add_argument_group("data")
     group.add_argument("--csv_path", required=True, type=clean_path, help="CSV with image, split, label/binary_label")
-    group.add_argument("--root_path", type=clean_path, default=None,
+    group.add_argument("--root_path", type=optional_path, default=None,
                        help="folder of the images; left out, the CSV's own")
     group.add_argument("--nb_classes", type=at_least(2), default=2,
                        help="number of classes; 2 reads the column binary_label, else label")
@@ -145,10 +161,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             raise UserError(f"-c {config} does not exist")
         try:
             options = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"-c {config} is not valid YAML: {error}") from error
         if not isinstance(options, dict):
             raise UserError(f"-c {config} must hold lines such as 'model: PanDerm_Base_LP'")
+        options = {key: value for key, value in options.items() if not str(key).startswith(RESOLVED)}
         actions = {action.dest: action for action in parser._actions}
         unknown = sorted(set(map(str, options)) - set(actions))
         if unknown:

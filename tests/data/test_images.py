@@ -181,25 +181,30 @@ def test_check_files_order_and_rows(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("text")
     names = ["gone.png", "good.png", "text.png", None, "empty.png", "x" * 300 + ".png"]
     problems: list = []
-    digest = check_files(pd.DataFrame({"image": names, "_row": range(2, 8)}, dtype=object), tmp_path, problems)
+    frame = pd.DataFrame({"image": names, "_row": range(2, 8)}, dtype=object)
+    digest, ids = check_files(frame, tmp_path, problems)
     assert [(p.kind, p.row, p.file, p.warning) for p in problems] == [
         ("missing file", 2, "gone.png", False), ("not an image", 4, "text.png", False), ("no file name", 5, "", False),
         ("empty file", 6, "empty.png", False), ("missing file", 7, names[5], False)]
-    assert len(digest) == 64
+    assert len(digest) == 64 and [bool(i) for i in ids] == [False, True, False, False, False, False]
 
 
-def test_the_digest_knows_names_and_sizes_not_order(tmp_path: Path) -> None:
+def test_the_digest_knows_names_and_contents_not_order(tmp_path: Path) -> None:
     for name, side in (("a.png", 5), ("b.png", 9)):
         Image.fromarray(np.zeros((side, side), dtype=np.uint8)).save(tmp_path / name)
 
     def digest(*names: str) -> str:
-        return check_files(pd.DataFrame({"image": names, "_row": range(len(names))}), tmp_path, [])
+        return check_files(pd.DataFrame({"image": names, "_row": range(len(names))}), tmp_path, [])[0]
 
     first = digest("a.png", "b.png")
     assert digest("b.png", "a.png") == digest("a.png", "b.png", "a.png") == first != digest("a.png")
     with open(tmp_path / "a.png", "ab") as file:
         file.write(b"\0")
-    assert digest("a.png", "b.png") != first
+    longer = digest("a.png", "b.png")
+    with open(tmp_path / "a.png", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\1")
+    assert len({first, longer, digest("a.png", "b.png")}) == 3
 
 
 @pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="this Pillow has no AVIF plugin")

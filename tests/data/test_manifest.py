@@ -388,8 +388,9 @@ def test_twenty_problems_need_no_file(tmp_path: Path, images: Path) -> None:
 def test_digests(tmp_path: Path) -> None:
     path = small_set(tmp_path)
     first = read_manifest(path, nb_classes=3)
-    rows = sorted((name, (tmp_path / name).stat().st_size) for name in first.filenames)
-    text = "".join(f"{name}\0{size}\n" for name, size in rows)
+    contents = {name: (tmp_path / name).read_bytes() for name in sorted(first.filenames)}
+    ids = {name: hashlib.sha256(str(len(content)).encode() + content[:32768]) for name, content in contents.items()}
+    text = "".join(f"{name}\0{digest.hexdigest()}\n" for name, digest in ids.items())  # all are below 32 kB
     assert first.images_digest == hashlib.sha256(text.encode()).hexdigest()
     path.write_text(path.read_text() + "\n")
     same = read_manifest(path, nb_classes=3)
@@ -481,3 +482,17 @@ def test_join_keeps_both_orders(tmp_path: Path, images: Path) -> None:
     both = test.join(train)
     assert both.filenames == test.filenames + train.filenames and both.labels.tolist() == [*test.labels, *train.labels]
     assert len(train) + len(test) == len(both) and both.path_of(len(test)) == train.path_of(0)
+
+
+@pytest.mark.parametrize("make", [lambda a, b: b.symlink_to(a), lambda a, b: b.write_bytes(a.read_bytes())])
+def test_a_linked_or_copied_image_in_two_splits_is_told(tmp_path: Path, images: Path, make) -> None:
+    """A link is the same image; a copy under another name is told too, as a warning unless strict."""
+    make(images / "a.png", images / "again.png")
+    try:
+        rows = [row for row in ROWS] + ["again.png,0,test"]
+        assert ROWS[0].startswith("a.png,0,train")
+        with pytest.raises(ManifestError, match="image in two splits|copied image"):
+            read(tmp_path, images, *rows, strict_split=True)
+        assert len(read(tmp_path, images, *rows)) == len(rows)
+    finally:
+        (images / "again.png").unlink()

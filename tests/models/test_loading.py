@@ -145,3 +145,27 @@ def test_describe_state(name: str, words: str) -> None:
     """What a file seems to be."""
     state = timm.create_model(name, num_classes=0).state_dict()
     assert re.search(words, describe_state(state))
+
+
+@pytest.mark.parametrize("wanted,given,words", [("resnet18", "resnet34", r"a ResNet.*96 tensors of layers"),
+                                                ("resnet50", "resnet101", "deeper network"),
+                                                ("convnext_atto", "convnext_pico", "does not fit")])
+def test_a_deeper_network_is_refused(wanted: str, given: str, words: str) -> None:
+    """Every tensor of the smaller one is there, and it would run as a truncated network."""
+    with pytest.raises(CheckpointError, match=words):
+        load(timm.create_model(wanted, num_classes=0), timm.create_model(given).state_dict())
+
+
+def test_a_deeper_vit_is_refused_and_a_decoder_is_not() -> None:
+    """blocks.2 beside two blocks; decoder.blocks.2 is another family."""
+    state = weights(depth=3)
+    with pytest.raises(CheckpointError, match=r"looks like a BEiT of width 32 and depth 3.*blocks\.2\."):
+        load(tiny(), state)
+    extra = {key.replace("blocks.2", "decoder.blocks.2"): value for key, value in state.items() if "blocks.2" in key}
+    report = load(tiny(), {**weights(), **extra, "head.0.weight": torch.ones(2), "classifier.1.bias": torch.ones(2)})
+    assert len(report.unexpected) == len(extra) + 2
+
+
+def test_a_counter_beside_the_wrapper() -> None:
+    """{'model': ..., 'epoch': tensor(3)} is a wrapped file."""
+    assert load(tiny(), {"model": weights(), "epoch": torch.tensor(3)}).matched

@@ -126,6 +126,14 @@ def test_timm_weights_come_through_the_hub_at_another_size(tmp_path, hub) -> Non
     assert backbone.provenance.weights == "hub" and backbone.provenance.report.resampled == ("pos_embed",)
 
 
+def test_hub_model_of_transformers_is_refused_with_a_way(tmp_path, hub) -> None:
+    """Its config.json has no timm architecture."""
+    (tmp_path / "config.json").write_text('{"architectures": ["Dinov2Model"], "model_type": "dinov2"}')
+    fill_hub_cache(hub, "owner/other", {"config.json": tmp_path / "config.json"})
+    with pytest.raises(UserError, match="config.json is not timm's.*--pretrained_checkpoint FILE"):
+        create_backbone("hf-hub:owner/other")
+
+
 REFUSALS = {
     "unknown name": (("PanDerm_Huge", None), "is unknown: use PanDerm_Base_LP"),
     "dash for underscore": (("PanDerm-Base-LP", None), "did you mean PanDerm_Base_LP"),
@@ -166,3 +174,17 @@ def test_other_input_sizes(base_checkpoint) -> None:
     assert backbone.provenance.data_config["input_size"] == [3, 96, 96]
     with torch.inference_mode():
         assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, 768)
+
+
+@pytest.mark.parametrize("name,width", [("timm:mobilenetv3_small_050", 1024), ("timm:xcit_nano_12_p8_224", 128)])
+def test_num_features_is_what_comes_out(name: str, width: int) -> None:
+    """timm's own attribute is the width before the last layer of some models; some patch sizes are plain integers."""
+    backbone = create_backbone(name, "random")
+    with torch.inference_mode():
+        assert backbone(torch.zeros(2, 3, 224, 224)).shape == (2, width) and backbone.num_features == width
+
+
+def test_size_that_fails_in_the_forward_pass() -> None:
+    """Named with the model's own size, instead of a traceback after the data was read."""
+    with pytest.raises(UserError, match=r"--input_size 64 does not suit timm:inception_v3 .*; its own is 299"):
+        create_backbone("timm:inception_v3", "random", input_size=64)

@@ -150,8 +150,10 @@ def test_damaged_and_absent_files(tmp_path) -> None:
         (tmp_path / name.replace("good", "cut")).write_bytes(content[:len(content) // 2])
     (tmp_path / "page.pth").write_text("<html>Google Drive - Virus scan warning</html>")
     (tmp_path / "empty.pth").touch()
+    (tmp_path / "archive.pth").write_bytes(b"Rar!")
     for name, words in {"cut.pth": "damaged", "cut.safetensors": "damaged", "page.pth": "damaged or not a PyTorch",
-                        "empty.pth": "0 bytes", "none.pth": "does not exist; that folder has: cut.pth",
+                        "empty.pth": "0 bytes", "archive.pth": "damaged",
+                        "none.pth": "does not exist; that folder has: archive.pth, cut.pth",
                         "no/where.pth": "the folder .* does not exist either", "": "is a folder"}.items():
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(tmp_path / name)

@@ -58,12 +58,13 @@ def test_other_run_is_refused_by_what_differs(tmp_path) -> None:
     assert "seed" not in str(error.value) and (tmp_path / "env.json").read_bytes() == before
 
 
-def test_overwrite_removes_a_runs_own_files_only(tmp_path) -> None:
+def test_overwrite_moves_a_runs_own_files_only(tmp_path) -> None:
     """A stranger's file stays."""
     opened(tmp_path).write_results({"task": "x"})
     (tmp_path / "notes.md").write_text("mine")
     run = opened(tmp_path, {**PARTS, "seed": 9}, overwrite=True)
-    assert run.read_results() is None and sorted(os.listdir(tmp_path)) == ["env.json", "notes.md"]
+    assert run.read_results() is None and sorted(os.listdir(tmp_path)) == ["env.json", "notes.md", "previous"]
+    assert json.loads((tmp_path / "previous" / "results.json").read_text())["task"] == "x", "nothing is lost"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -86,9 +87,10 @@ def test_file_in_the_place_of_the_folder(tmp_path) -> None:
 def test_damaged_env(tmp_path) -> None:
     """A half-edited file is a message, and --overwrite helps."""
     opened(tmp_path)
-    (tmp_path / "env.json").write_text("{")
-    with pytest.raises(UserError, match="damaged.*--overwrite"):
-        opened(tmp_path)
+    for content in ("{", "[]"):
+        (tmp_path / "env.json").write_text(content)
+        with pytest.raises(UserError, match="damaged.*--overwrite"):
+            opened(tmp_path)
     opened(tmp_path, overwrite=True)
 
 

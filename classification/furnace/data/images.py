@@ -16,6 +16,7 @@ from furnace.data.problems import ROW, Problem
 # what Pillow raises on damaged files, by format (RuntimeError: AVIF)
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
                  Image.DecompressionBombError)
+PIECE = 32768  # bytes at either end of a file that its content id reads
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".tif", ".bmp", ".webp")
 
 
@@ -43,7 +44,7 @@ def load_rgb(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> str:
+def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> tuple[str, list[str]]:
     """Look at every image's header, with threads: missing, empty and non-image files become problems.
 
     Args:
@@ -52,46 +53,58 @@ def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> str
         problems: extended in the order of the rows.
 
     Returns:
-        Hex SHA-256 over the sorted names and sizes in bytes of the images that exist.
+        Hex SHA-256 over the sorted names and contents of the images that exist, and the content id of each row's image
+        ("" where there is none). A content id is the SHA-256 of the size and of the first and last 32 kB.
     """
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = list(pool.map(lambda name: _look(root, name), frame["image"]))
-    missing = sum(size is None for size, _, _ in found)
+    missing = sum(size is None for size, _, _, _ in found)
     if missing == len(found) and missing:
         problems.append(Problem("wrong folder", text=f"not one of the {missing} images lies under {root}",
                                 remedy="pass the --root_path that the image column is relative to"))
-    for (size, text, remedy), name, row in zip(found, frame["image"], frame[ROW], strict=True):
+    for (size, text, remedy, _), name, row in zip(found, frame["image"], frame[ROW], strict=True):
         if text:
             kind = {None: "missing file", 0: "empty file"}.get(size, "not an image")
             problems.append(Problem(kind if name else "no file name", file=name or "", row=int(row), column="image",
                                     text=text, remedy=remedy))
+    ids = [content for _, _, _, content in found]
     digest = hashlib.sha256()
-    for name, size in sorted({(str(name), size) for name, (size, _, _) in zip(frame["image"], found, strict=True)
-                              if size is not None}):
-        digest.update(f"{name}\0{size}\n".encode())
+    for name, content in sorted({(str(name), content) for name, content in zip(frame["image"], ids, strict=True)
+                                 if content}):
+        digest.update(f"{name}\0{content}\n".encode())
+    return digest.hexdigest(), ids
+
+
+def _content_id(path: Path, size: int) -> str:
+    """Tells files apart without reading large ones whole."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(str(size).encode() + file.read(PIECE))
+        if size > PIECE:
+            file.seek(max(PIECE, size - PIECE))
+            digest.update(file.read(PIECE))
     return digest.hexdigest()
 
 
-def _look(root: Path, name: str | None) -> tuple[int | None, str, str]:
-    """Size in bytes (None when missing), what is wrong ("" when nothing), and the remedy."""
+def _look(root: Path, name: str | None) -> tuple[int | None, str, str, str]:
+    """Size in bytes (None when missing), what is wrong ("" when nothing), the remedy, and the content id."""
     if not name:
-        return None, "the cell is empty", "name the image or delete the row"
+        return None, "the cell is empty", "name the image or delete the row", ""
     path = root / name
     try:
         size = path.stat().st_size
         if path.is_dir():
-            return None, "is a folder", "name an image file"
+            return None, "is a folder", "name an image file", ""
     except ValueError:
-        return None, "the name holds a NUL byte", "correct the name"
+        return None, "the name holds a NUL byte", "correct the name", ""
     except OSError:
         other = next((name + end for end in EXTENSIONS if os.path.exists(f"{path}{end}")), None)
-        return None, f"{path} does not exist", f"write {other}" if other else "correct the name or --root_path"
+        return None, f"{path} does not exist", f"write {other}" if other else "correct the name or --root_path", ""
     if size == 0:
-        return 0, "the file has 0 bytes", "copy or download it again"
+        return 0, "the file has 0 bytes", "copy or download it again", ""
     try:
         with Image.open(path):
-            return size, "", ""
+            return size, "", "", _content_id(path, size)
     except UnidentifiedImageError:
-        return size, "the file's header is no image format that Pillow knows", "replace it by a real image"
+        return size, "the file's header is no image format that Pillow knows", "replace it by a real image", ""
     except DECODE_ERRORS as error:
-        return size, f"cannot be opened ({error})", "replace it by a real image, readable for you"
+        return size, f"cannot be opened ({error})", "replace it by a real image, readable for you", ""

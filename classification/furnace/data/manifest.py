@@ -39,7 +39,7 @@ class Manifest:
         csv_path: the file.
         root: the folder that ``image`` is relative to.
         sha256: of the CSV's bytes.
-        images_digest: sha256 over every image's name and size in bytes, so that other pictures are another data set.
+        images_digest: sha256 over every image's name and content, so that other pictures are another data set.
         class_names: one per class, ``class_names[label]``.
         label_column: label or binary_label.
         group_columns: patient_id and lesion_id, those that exist.
@@ -133,9 +133,9 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
         if "split" in frame:
             _check_train_classes(frame, nb_classes, label_column, problems)
     if "image" in frame:
-        images_digest = check_files(frame, root, problems)
+        images_digest, content_ids = check_files(frame, root, problems)
         if label_column and "split" in frame:
-            _check_repeats(frame, root, strict_split, problems)
+            _check_repeats(frame, root, content_ids, strict_split, problems)
     groups = tuple(column for column in GROUP_COLUMNS if column in frame)
     if "split" in frame:
         for column in groups:
@@ -232,6 +232,8 @@ def _check_labels(frame: pd.DataFrame, column: str, nb_classes: int, problems: l
         value = frame[column].iat[index]
         if value is None:
             text, remedy = "is empty", f"give every image a class from 0 to {nb_classes - 1}"
+        elif value.lower() in ("true", "false"):
+            text, remedy = f"{value!r} is not an integer", "write 1 for True and 0 for False"
         elif not whole.iat[index]:
             text, remedy = f"{value!r} is not an integer", "number the classes from 0 (names may stand in class_name)"
         else:
@@ -249,17 +251,20 @@ def _check_train_classes(frame: pd.DataFrame, nb_classes: int, column: str, prob
     absent = [k for k in range(nb_classes) if k not in train]
     if train and absent:
         problems.append(Problem("class absent from train", column=column,
-                                text=f"no train image has class {', '.join(map(str, absent))}",
+                                text=f"no train image has class {_some(absent)}",
                                 remedy=f"add some, or pass the right --nb_classes (now {nb_classes})"))
 
 
-def _check_repeats(frame: pd.DataFrame, root: Path, strict: bool, problems: list[Problem]) -> None:
+def _check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], strict: bool,
+                   problems: list[Problem]) -> None:
     """One image in several rows: with two labels an error; in two splits or twice in one, a warning.
+
+    A copy under another name is a warning where it crosses splits or labels (public sets have some).
 
     Rows whose label or split is already reported as wrong say nothing here.
     """
     known = frame[frame["image"].notna() & frame["split"].isin(SPLITS) & (frame["label"] >= 0)]
-    identity = known["image"].map(lambda name: os.path.normpath(root / name))
+    identity = known["image"].map(lambda name: os.path.realpath(root / name.replace("\0", "")))
     for _, rows in known.groupby(identity[identity.duplicated(keep=False)], sort=False):
         image = rows["image"].iat[0]
         lines = ", ".join(map(str, rows[ROW]))
@@ -275,6 +280,17 @@ def _check_repeats(frame: pd.DataFrame, root: Path, strict: bool, problems: list
         elif rows["label"].nunique() == 1:
             problems.append(Problem("repeated row", row=row, column="image", file=image, warning=not strict,
                                     text=f"stands in rows {lines}", remedy="keep one"))
+
+
+    content = pd.Series(content_ids, index=frame.index)[known.index]
+    copies = content[(content != "") & content.duplicated(keep=False)]
+    for _, rows in known.groupby(copies, sort=False):
+        if identity[rows.index].nunique() > 1 and (rows["split"].nunique() > 1 or rows["label"].nunique() > 1):
+            where = " and ".join(f"{image} ({split}, label {label}, row {row})" for image, split, label, row in
+                                 zip(rows["image"], rows["split"], rows["label"], rows[ROW], strict=True))
+            problems.append(Problem("copied image", row=int(rows[ROW].iat[1]), column="image", warning=not strict,
+                                    file=rows["image"].iat[1], text=f"one file under several names: {where}",
+                                    remedy="keep one, in one split, with the right label"))
 
 
 def _check_group_leakage(frame: pd.DataFrame, column: str, strict: bool, problems: list[Problem]) -> None:

@@ -84,7 +84,10 @@ def _text(problems: Sequence[Problem], word: str, csv_path: Path, folder: str | 
             every = "\n".join(str(problem) for problem in problems) + "\n"
             name = f"{csv_path.stem}_{word}s_{hashlib.sha256(every.encode()).hexdigest()[:8]}.txt"
             path = Path(folder) / name
-            files.write_text(path, f"{len(problems)} {word}s in {csv_path}\n{every}")
-            rest += f"; all of them are in {path}"
+            try:
+                files.write_text(path, f"{len(problems)} {word}s in {csv_path}\n{every}")
+                rest += f"; all of them are in {path}"
+            except files.OutputError as error:
+                rest += f" ({error})"
         lines.append(rest)
     return "\n".join(lines)

@@ -131,10 +131,11 @@ def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_si
         raise CheckpointError(f"--model {name} needs --pretrained_checkpoint FILE: "
                               f"{entry.hint or 'timm has no weights for it'}. "
                               f"For an untrained baseline pass --pretrained_checkpoint {RANDOM}")
+    _check_forward(model, name, input_size)
     model.provenance = Provenance(name=name, weights=weights, file=file, sha256=digest, report=report,
                                   data_config=_data_config(model, entry, input_size))
     logger.info("backbone %s (%s): %s", name, file, report.summary() if report.matched else "untrained, random weights")
-    return model.eval()
+    return model
 
 
 def _entry_of(name: str) -> Entry:
@@ -167,10 +168,27 @@ def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: b
         except AssertionError as error:
             raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: {error}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if sized and patch is not None and input_size % patch[0]:
+    if sized and patch is not None and any(input_size % side for side in timm.layers.to_2tuple(patch)):
         raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: it must be a multiple of the "
-                        f"patch size {patch[0]}")
-    return model
+                        f"patch size {patch}")
+    return model.eval()
+
+
+@torch.no_grad()
+def _check_forward(model: nn.Module, name: str, input_size: int) -> None:
+    """One black image through the model: the size suits it, and ``num_features`` is the width of what comes out.
+
+    timm's own attribute is the width before some models' last layers.
+    """
+    try:
+        features = model(torch.zeros(1, 3, input_size, input_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        own = timm.data.resolve_model_data_config(model)["input_size"][-1]
+        raise UserError(f"--input_size {input_size} does not suit {name} ({error}); its own is {own}") from error
+    if features.ndim != 2:
+        raise UserError(f"--model {name} gives features of shape {tuple(features.shape)}, not (images, features): "
+                        "it cannot be used for linear evaluation")
+    model.num_features = features.shape[1]
 
 
 def _takes_image_size(architecture: str) -> bool:

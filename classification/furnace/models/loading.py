@@ -102,6 +102,12 @@ def load_state(model: nn.Module, state: State, *, name: str, source: str) -> Loa
     missing = [key for key in absent if key not in allowed]
     if missing or misshapen:
         raise CheckpointError(_refusal(name, source, describe_state(bare), found, missing, misshapen, len(target)))
+    deeper = [key for key in renamed if key not in target and _is_deeper(key, target)]
+    if deeper:
+        raise CheckpointError(
+            f"checkpoint {source} does not fit: this looks like {describe_state(bare)}; you asked for {name}. It has "
+            f"{len(deeper)} tensors of layers that {name} lacks ({', '.join(deeper[:4])}, ...): a deeper "
+            "network of the same widths. Nothing was loaded.")
     broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CheckpointError(f"checkpoint {source}: {len(broken)} tensors hold NaN or infinity ({broken[0]}, ...): "
@@ -109,6 +115,16 @@ def load_state(model: nn.Module, state: State, *, name: str, source: str) -> Loa
     model.load_state_dict(found, strict=False)
     return LoadReport(matched=tuple(found), missing=tuple(allowed), resampled=tuple(resampled), prefix=prefix,
                       unexpected=tuple([key for key in renamed if key not in target] + others))
+
+
+def _is_deeper(key: str, target: State) -> bool:
+    """Whether a key belongs to a numbered family of the model (blocks.<n>, layer1.<n>) beyond the model's last one."""
+    parts = key.split(".")
+    for i, part in enumerate(parts[:-1]):
+        family = ".".join(parts[:i]) + "."
+        if i and part.isdigit() and not any(k.startswith(f"{family}{part}.") for k in target):
+            return any(re.match(re.escape(family) + r"\d+\.", k) for k in target)
+    return False
 
 
 def _refusal(name: str, source: str, looks_like: str, found: State, missing: list[str], misshapen: list[str],
@@ -135,7 +151,7 @@ def unwrap(content: object) -> State:
         tensors = {key: value for key, value in content.items()
                    if isinstance(key, str) and isinstance(value, torch.Tensor)}
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]]
-        if tensors or not inner:
+        if not inner or (tensors and len(unwrap(inner[0])) <= len(tensors)):  # a counter may lie beside the wrapper
             return tensors
         content = inner[0]
     return {}

@@ -4,6 +4,7 @@ Every function also works in a single process, where it does nothing.
 """
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ def start() -> None:
 def stop() -> None:
     """Leave the process group together, after a common end; a process that failed just exits."""
     if dist.is_initialized():
-        dist.barrier()  # with gloo in torch 2.4, a process that leaves early can hang the others
+        dist.barrier()
+        time.sleep(0.1)  # torch 2.4 holds the GIL while it joins gloo's thread, which may still need it for a tensor
         dist.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -221,6 +222,11 @@ def read_checkpoint(location: str | Path) -> CheckpointFile:
     return CheckpointFile(path=path, sha256=digest, content=content)
 
 
+# what torch.load raises on damaged files
+DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error,
+           OverflowError)
+
+
 def _read_tensors(path: Path) -> Any:
     import safetensors
     import torch
@@ -243,7 +249,7 @@ def _read_tensors(path: Path) -> Any:
                 f"checkpoint {path} holds Python objects beside tensors and is not loaded, because unpickling them "
                 "could run code. Save its state dict alone: torch.save(model.state_dict(), file)") from error
         raise CheckpointError(f"checkpoint {path} is damaged or not a PyTorch file: download it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or not a PyTorch file ({reason}): "
                               "download it again") from error

@@ -21,6 +21,8 @@ from furnace.runtime.files import OutputError, UserError
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
 RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv")
+ONCE = ("config", "overwrite", "no_auto_resume")  # said for one start of a run, not part of it
+PREVIOUS = "previous"  # where --overwrite moves the files of the run before
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "Pillow")
 
 
@@ -45,6 +47,7 @@ class RunDirectory:
 
     def write_arguments(self, arguments: dict[str, Any]) -> None:
         """Write args.yaml; it can be given to ``-c`` again."""
+        arguments = {key: value for key, value in arguments.items() if key not in ONCE}
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
         files.write_yaml(self.path / ARGS, plain)
 
@@ -85,7 +88,8 @@ def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, 
         path: the folder.
         parts: what decides the run's numbers, as a flat dictionary.
         environment: what env.json keeps beside the versions (seed, sha256 of CSV and weights).
-        overwrite: start again in a folder that holds another run, or this run finished; only a run's own files go.
+        overwrite: start again in a folder that holds another run, or this run finished; a run's own files (and no
+            others) are moved into its subfolder ``previous``.
         auto_resume: continue an unfinished run of the same fingerprint; otherwise it is refused.
 
     Raises:
@@ -108,9 +112,10 @@ def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, 
                               "or add --overwrite to start again")
         previous = _read_yaml(path / ARGS)
         return RunDirectory(path, parts, previous)
-    for name in present:
+    for name in reversed(present):  # env.json last: whenever this is cut off, the folder is still a run's
         try:
-            (path / name).unlink()
+            (path / PREVIOUS).mkdir(exist_ok=True)
+            os.replace(path / name, path / PREVIOUS / name)
         except OSError as error:
             raise files.output_error(path / name, error) from error
     files.write_json(path / ENV, {"fingerprint": fingerprint(parts), "fingerprint_parts": parts, **environment,
@@ -131,9 +136,12 @@ def _refuse_other_run(path: Path, stored: dict[str, Any], parts: dict[str, Any])
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): add --overwrite to start the run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: add --overwrite to start the run again")
+    return content
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -142,9 +150,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: add --overwrite to start the run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: add --overwrite to start the run again")
+    return content
 
 
 def describe_environment() -> dict[str, Any]:
