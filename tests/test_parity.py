@@ -40,11 +40,15 @@ def plain_features(paths: list[Path], state: dict) -> torch.Tensor:
 
 
 def plain_probe(x: torch.Tensor, y: torch.Tensor) -> torch.nn.Linear:
-    """Mean cross-entropy + (1/C) 0.5 ||W||, C = D K / 100, the norm not squared, train only, by L-BFGS."""
+    """Mean cross-entropy + (1/C) 0.5 ||W||, C = D K / 100, the norm not squared, train only, published L-BFGS.
+
+    In float64: float32 stops where rounding lets it, 0.045 in a probability from the optimum on these features.
+    """
     k = len(y.unique())
     c = x.shape[1] * k / 100
     torch.manual_seed(0)
-    layer = torch.nn.Linear(x.shape[1], k)
+    layer = torch.nn.Linear(x.shape[1], k).double()
+    x = x.double()
     optimiser = torch.optim.LBFGS(layer.parameters(), line_search_fn="strong_wolfe", max_iter=1000, history_size=100,
                                   tolerance_grad=1e-7, tolerance_change=1e-9)
 
@@ -73,7 +77,7 @@ def compare(csv: Path, root: Path, checkpoint: Path, output: Path, classes: int,
     layer = plain_probe(plain_features([root / name for name in train["image"]], state),
                         torch.tensor(train[column].tolist()))
     with torch.no_grad():
-        logits = layer(plain_features([root / name for name in test["image"]], state))
+        logits = layer(plain_features([root / name for name in test["image"]], state).double())
     want = pd.DataFrame(logits.softmax(1).numpy(), index=test["image"])
     assert len(written) == len(test) and set(written.index) == set(test["image"])
     got = written.loc[want.index, [f"probability_class_{k}" for k in range(classes)]].to_numpy()

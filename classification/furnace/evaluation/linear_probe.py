@@ -6,6 +6,11 @@ Minimises, over W (K, D) and b (K,):
 
 K being the number of distinct train labels. The norm is not squared and the bias is not penalised, so scikit-learn's
 ``LogisticRegression(C=...)`` is another objective. No standardisation, no class weights, no choice on val.
+
+The arithmetic is float64, where the published code had float32: with few images and nearly collinear features float32
+stops early, at a point that depends on the last bits of the features (probabilities moved by 0.014 under noise of 1e-6,
+and were 0.045 from the optimum; in float64 0.0005 and 0.005, on 140 real images). Where float32 does converge, the two
+agree.
 """
 
 import logging
@@ -63,7 +68,7 @@ def fit_linear_probe(features: np.ndarray, labels: np.ndarray, *, nb_classes: in
         nb_classes: the number of classes of the data set; None takes the highest label + 1.
         seed: of the start (PyTorch's default initialisation of a linear layer); published is 0.
         max_iterations: of L-BFGS.
-        device: where to fit; float32 everywhere.
+        device: where to fit, in float64 (on the CPU instead of mps).
 
     Raises:
         UserError: fewer than two classes in ``labels``, or features that are not finite.
@@ -78,13 +83,14 @@ def fit_linear_probe(features: np.ndarray, labels: np.ndarray, *, nb_classes: in
     nb_classes = int(classes.max()) + 1 if nb_classes is None else nb_classes
     if classes.min() < 0 or classes.max() >= nb_classes:
         raise ValueError(f"labels {classes.min()}..{classes.max()} are not in 0..{nb_classes - 1}")
-    x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(device)
+    device = torch.device("cpu") if torch.device(device).type == "mps" else device  # mps has no float64
+    x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64)).to(device)
     y = torch.from_numpy(targets.astype(np.int64)).to(device)
     cost = x.shape[1] * len(classes) / 100
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         head = torch.nn.Linear(x.shape[1], len(classes))  # on the CPU: the same start on every device
-    head = head.to(device)
+    head = head.to(device, torch.float64)
 
     def objective() -> torch.Tensor:
         return F.cross_entropy(head(x), y) + 0.5 / cost * torch.linalg.vector_norm(head.weight)
@@ -108,6 +114,7 @@ def fit_linear_probe(features: np.ndarray, labels: np.ndarray, *, nb_classes: in
         final = float(objective())
     if not np.isfinite(final):
         raise UserError(f"the linear probe diverged (objective {final}): are the features finite and of sane size?")
-    return LinearProbe(weight=head.weight.detach().cpu().numpy(), bias=head.bias.detach().cpu().numpy(),
+    weight, bias = (tensor.detach().float().cpu().numpy() for tensor in (head.weight, head.bias))
+    return LinearProbe(weight=weight, bias=bias,
                        classes=classes.astype(np.int64), nb_classes=nb_classes, cost=cost, objective=final,
                        iterations=iterations)
