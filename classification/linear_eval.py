@@ -91,7 +91,8 @@ def open_linear_run(args: argparse.Namespace, manifest: Manifest,
                     provenance: Provenance) -> tuple[RunDirectory, dict[str, Any] | None]:
     """The folder ``output_dir/<data set>/<model>_<fingerprint>``, and its results when the run was finished."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_FINGERPRINT}
-    parts = {"task": TASK, **settings, "csv_sha256": manifest.sha256, "images_digest": manifest.images_digest,
+    parts = {"task": TASK, "probe_precision": "float64", **settings, "csv_sha256": manifest.sha256,
+             "images_digest": manifest.images_digest,
              "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
     model = "".join(c if c.isalnum() or c in "._-" else "-" for c in args.model)
     path = args.output_dir / manifest.name / f"{model}_{fingerprint(parts)[:8]}"
