@@ -3,7 +3,8 @@
     python3 linear_eval.py --model PanDerm_Base_LP --pretrained_checkpoint FILE.pth --nb_classes 6 \
         --csv_path DATA/2000.csv --root_path DATA/images --output_dir results
 
-The probe is fitted on train alone; val is not read; test is evaluated once.
+The published probe is fitted on train alone; val, where there is one, only calibrates it. ``--probe sweep`` chooses its
+strength on val. Test is evaluated once. Several ``--percent_data`` or ``--seeds`` give a table and a curve.
 """
 
 import argparse
@@ -13,68 +14,98 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from furnace.arguments import entry_point, linear_eval_parser, logger, parse
-from furnace.data.datasets import build_loader
+from furnace.arguments import extraction_of, linear_eval_parser
+from furnace.command_line import entry_point, logger, parse
+from furnace.data.external import read_external, warn_of_shared_images
 from furnace.data.manifest import Manifest, read_manifest
-from furnace.data.splits import take_percent
-from furnace.data.transforms import build_transform
-from furnace.evaluation.features import extract_features
-from furnace.evaluation.linear_probe import fit_linear_probe
-from furnace.evaluation.metrics import classification_metrics
-from furnace.evaluation.report import TABLE_HEADER, metric_lines, predictions_table, table_row
-from furnace.models import Provenance, create_backbone
+from furnace.evaluation.features import backbone_features
+from furnace.evaluation.linear_evaluation import (
+    TASK,
+    LabelledFeatures,
+    Protocol,
+    evaluate_once,
+    needed_images,
+    summarise_runs,
+    summary_lines,
+)
+from furnace.evaluation.report import TABLE_HEADER, metric_lines
+from furnace.evaluation.run import open_evaluation_run, settle_precision
+from furnace.models import create_backbone
 from furnace.runtime import distributed, files
-from furnace.runtime.precision import pick_device, resolve_amp_dtype
-from furnace.runtime.run_directory import RunDirectory, fingerprint, open_run
-
-TASK = "linear_probe"
-# options that cannot change the numbers, or that stand in the fingerprint by their content (CSV, images, weights)
-NOT_IN_FINGERPRINT = {"config", "csv_path", "root_path", "class_names", "pretrained_checkpoint", "strict_split",
-                      "batch_size", "num_workers", "device", "output_dir", "csv_filename", "overwrite",
-                      "no_auto_resume"}
+from furnace.runtime.files import UserError
+from furnace.runtime.run_directory import RunDirectory, child_runs
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the linear evaluation; returns the exit code."""
     args = parse(linear_eval_parser(), argv)
+    check_options(args)
     table = args.output_dir / args.csv_filename
     refuse_input_as_table(table, args.csv_path)
     files.check_table(table, TABLE_HEADER)
-    manifest = read_manifest(args.csv_path, args.root_path, nb_classes=args.nb_classes,
-                             class_names_file=args.class_names, strict_split=args.strict_split,
-                             report_folder=args.output_dir if distributed.is_main() else None)
-    train = take_percent(manifest.split("train"), args.percent_data, mode=args.percent_mode, seed=args.seed)
-    test = manifest.split("test")
-    device = pick_device(args.device)
+    manifest, external = read_data(args)
+    settings = [{"percent_data": percent, "seed": seed} for percent in args.percent_data for seed in args.seeds]
+    needed = needed_images(manifest, settings, args.percent_mode)
+    how = extraction_of(args)
     backbone = create_backbone(args.model, args.pretrained_checkpoint, input_size=args.input_size, seed=args.seed)
-    run, finished = distributed.on_main(lambda: open_linear_run(args, manifest, backbone.provenance))
-    if finished:
-        report_finished(run, finished, table, earlier=True)
+    outside = {"external": external and f"{external.sha256} {external.images_digest}"}
+    run = distributed.on_main(lambda: open_evaluation_run(
+        TASK, vars(args), manifest, backbone.provenance, left_out={"test_csv", "test_root"},
+        also={"probe_precision": "float64", **outside}))
+    results = run.read_results()
+    if results and "table_rows" in results and (run.path / ("table.csv" if settings[1:] else "test.csv")).exists():
+        report_finished(run, results, table, earlier=True)
         return 0
 
     began = time.perf_counter()
-    amp_dtype = distributed.on_main(lambda: settle_precision(args, run, backbone.to(device), device))
-    loader = build_loader(train.join(test), build_transform(backbone), batch_size=args.batch_size,
-                          num_workers=args.num_workers, device=device)
-    features = extract_features(backbone, loader, device=device, amp_dtype=amp_dtype)
+    how = distributed.on_main(lambda: settle_precision(vars(args), run, backbone, how))
+    features = backbone_features(backbone, needed, how)
+    elsewhere = None if external is None else backbone_features(backbone, external, how)
     if features is None:
         return 0
-    probe = fit_linear_probe(features.embeddings[:len(train)], train.labels, nb_classes=manifest.nb_classes,
-                             seed=args.seed, device=device)
-    probabilities = probe.predict_proba(features.embeddings[len(train):])
-    metrics = classification_metrics(test.labels, probabilities)
-    seconds = round(time.perf_counter() - began, 1)
-    run.write_log({"train_images": len(train), "test_images": len(test), "cost": probe.cost,
-                   "objective": probe.objective, "iterations": probe.iterations, "seconds": seconds})
-    run.write_predictions("test", predictions_table(test.filenames, test.labels, probabilities))
-    results = {"task": TASK, "data_set": manifest.name, "model": args.model,
-               "weights_sha256": backbone.provenance.sha256, "amp_dtype": amp_dtype,
-               "class_names": list(manifest.class_names), "table_row": table_row(manifest.name, metrics),
-               "splits": {"test": {"n": len(test), "metrics": metrics.to_results()}}}
+    extracted = features.extracted + (elsewhere.extracted if elsewhere else 0)
+    data = LabelledFeatures(needed, features.embeddings)
+    outer = None if elsewhere is None else LabelledFeatures(external, elsewhere.embeddings)
+    protocol = Protocol(probe=args.probe, monitor=args.monitor, percent_mode=args.percent_mode,
+                        stratify=args.bootstrap == "stratified", resamples=args.resamples, amp_dtype=how.amp_dtype,
+                        transform=args.transform, checkpoint=args.pretrained_checkpoint, model_seed=args.seed,
+                        device=how.device)
+    if settings[1:]:
+        outcomes = child_runs(run, settings, lambda child, setting: evaluate_once(
+            child, setting, data, outer, protocol, backbone.provenance, plots=False), overwrite=args.overwrite)
+        results = summarise_runs(run, outcomes)
+    else:
+        results = evaluate_once(run, settings[0], data, outer, protocol, backbone.provenance)
+    run.write_log({"images_extracted": extracted, "seconds": round(time.perf_counter() - began, 1)})
     run.write_results(results)
     report_finished(run, results, table, earlier=False)
     return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect; fill in the defaults that depend on others."""
+    if args.monitor and args.probe != "sweep":
+        raise UserError("--monitor chooses the strength of --probe sweep; the published probe has nothing to choose")
+    if args.test_root and not args.test_csv:
+        raise UserError("--test_root is the image folder of --test_csv, which is missing")
+    args.monitor = args.monitor or ("bacc" if args.probe == "sweep" else None)
+    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
+    args.percent_data = sorted(set(args.percent_data))
+
+
+def read_data(args: argparse.Namespace) -> tuple[Manifest, Manifest | None]:
+    """The data set and the external test set, every problem of either told before any work."""
+    folder = args.output_dir if distributed.is_main() else None
+    manifest = read_manifest(args.csv_path, args.root_path, nb_classes=args.nb_classes,
+                             class_names_file=args.class_names, strict_split=args.strict_split, report_folder=folder)
+    if args.test_csv is None:
+        return manifest, None
+    external = read_external(args.test_csv, args.test_root, class_names=manifest.class_names,
+                             nb_classes=manifest.nb_classes, label_column=manifest.label_column,
+                             strict_split=args.strict_split, report_folder=folder)
+    warn_of_shared_images(manifest.split("train"), external, strict_split=args.strict_split)
+    return manifest, external
 
 
 def refuse_input_as_table(table: Path, csv_path: Path) -> None:
@@ -87,42 +118,19 @@ def refuse_input_as_table(table: Path, csv_path: Path) -> None:
                                 "written: choose another name")
 
 
-def open_linear_run(args: argparse.Namespace, manifest: Manifest,
-                    provenance: Provenance) -> tuple[RunDirectory, dict[str, Any] | None]:
-    """The folder ``output_dir/<data set>/<model>_<fingerprint>``, and its results when the run was finished."""
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_IN_FINGERPRINT}
-    parts = {"task": TASK, "probe_precision": "float64", **settings, "csv_sha256": manifest.sha256,
-             "images_digest": manifest.images_digest,
-             "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
-    model = "".join(c if c.isalnum() or c in "._-" else "-" for c in args.model)
-    path = args.output_dir / manifest.name / f"{model}_{fingerprint(parts)[:8]}"
-    files.check_space(path, 65536 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
-    run = open_run(path, parts=parts, overwrite=args.overwrite, auto_resume=not args.no_auto_resume,
-                   environment={"seed": args.seed, "csv_sha256": manifest.sha256, "weights": provenance.to_dict()})
-    results = run.read_results()
-    complete = results and "table_row" in results and (run.path / "test.csv").exists()
-    return run, results if complete else None
-
-
-def settle_precision(args: argparse.Namespace, run: RunDirectory, backbone, device) -> str:
-    """Resolve ``--amp_dtype auto`` once; an unfinished run keeps what it had settled on. Writes args.yaml."""
-    amp_dtype = args.amp_dtype
-    if amp_dtype == "auto":
-        amp_dtype = run.previous.get("resolved_amp_dtype", "auto")
-    amp_dtype = resolve_amp_dtype(amp_dtype, backbone, device, args.input_size)
-    run.write_arguments({**vars(args), "resolved_amp_dtype": amp_dtype})
-    return amp_dtype
-
-
 def report_finished(run: RunDirectory, results: dict[str, Any], table: Path, *, earlier: bool) -> None:
-    """Print a run's metrics and name its files; its line goes to the table, for an earlier run where it lacks."""
+    """Print a run's metrics and name its files; its lines go to the table, for an earlier run where it lacks them."""
     if not distributed.is_main():
         return
-    files.append_row(table, TABLE_HEADER, results["table_row"], once=earlier)
-    test = results["splits"]["test"]
-    logger.info("%s", metric_lines(test["metrics"], f"{results['data_set']}, {results['model']}: "
-                                   f"{test['n']} test images, {results['amp_dtype']}"))
-    logger.info("results in %s (test.csv, results.json, args.yaml, env.json, log.txt); table %s", run.path, table)
+    for row in results["table_rows"]:
+        files.append_row(table, TABLE_HEADER, row, once=earlier)
+    if "summary" in results:
+        logger.info("%s", summary_lines(results))
+    for name, split in results.get("splits", {}).items():
+        logger.info("%s", metric_lines(split["metrics"], f"{results['data_set']}, {results['model']}: {split['n']} "
+                                       f"{name} images, {results['amp_dtype']}; 95 % intervals: {split['resampling']}"))
+    wrote = ", ".join(sorted(path.name for path in run.path.iterdir()))
+    logger.info("results in %s (%s); table %s", run.path, wrote, table)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def feature_cache_of_the_tests(tmp_path_factory) -> Path:
+    """No test reads or fills the user's cache of features."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def demo_csv(tmp_path_factory) -> Path:
     """A small demo data set: 60 drawn images of 96 px."""

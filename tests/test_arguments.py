@@ -3,10 +3,19 @@
 import pytest
 import yaml
 
-from furnace.arguments import PUBLISHED, entry_point, linear_eval_parser, parse
+from furnace.arguments import (
+    PUBLISHED,
+    evaluate_predictions_parser,
+    extract_features_parser,
+    knn_eval_parser,
+    linear_eval_parser,
+    predict_parser,
+)
+from furnace.command_line import entry_point, parse
 from furnace.runtime.files import UserError
 
-PARSERS = {"linear_eval.py": linear_eval_parser}
+PARSERS = {"linear_eval.py": linear_eval_parser, "predict.py": predict_parser, "knn_eval.py": knn_eval_parser,
+           "extract_features.py": extract_features_parser, "evaluate_predictions.py": evaluate_predictions_parser}
 NEEDED = ["--model", "demo", "--csv_path", "a.csv"]
 
 
@@ -26,7 +35,7 @@ def test_every_option_has_help(script: str) -> None:
 def test_published_defaults() -> None:
     """Fraction 1, two classes, batches of 200."""
     args = parse(linear_eval_parser(), NEEDED)
-    assert (args.percent_data, args.nb_classes, args.batch_size, args.seed) == (1.0, 2, 200, 0)
+    assert (args.percent_data, args.nb_classes, args.batch_size, args.seed) == ([1.0], 2, 200, 0)
 
 
 def test_blanks_around_values_do_no_harm() -> None:
@@ -42,7 +51,7 @@ def test_yaml_sets_defaults_and_the_command_line_wins(tmp_path) -> None:
                                       "overwrite": False, "root_path": None, "nb_classes": 7}))
     args = parse(linear_eval_parser(), ["-c", str(config), "--nb_classes", "3"])
     assert (args.model, str(args.csv_path), args.percent_data, args.strict_split, args.overwrite, args.root_path,
-            args.nb_classes) == ("demo", "b.csv", 0.1, True, False, None, 3)
+            args.nb_classes) == ("demo", "b.csv", [0.1], True, False, None, 3)
 
 
 @pytest.mark.parametrize("content,words", [("nb_clases: 3", "unknown options: nb_clases"), ("- a", "must hold lines"),

@@ -113,7 +113,7 @@ def test_shards_cover_everything_once(monkeypatch, world_size: int, length: int)
     shards = []
     for rank in range(world_size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        sampler = StridedSampler(length)
+        sampler = StridedSampler(range(length))
         shards.append(list(sampler))
         assert len(sampler) == len(shards[-1]) and all(i % world_size == rank for i in shards[-1])
         assert shards[-1] == sorted(shards[-1])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from furnace.data.images import DECODE_ERRORS, check_files, load_rgb
+from furnace.data.images import DECODE_ERRORS, check_files, load_rgb, load_rgb_tensor
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8)
@@ -18,6 +18,9 @@ def saved(image: Image.Image, path: Path, **options) -> np.ndarray:
     image.save(path, **options)
     result = load_rgb(path)
     assert result.mode == "RGB"
+    fast = load_rgb_tensor(path).numpy()
+    assert fast.dtype == np.uint8
+    np.testing.assert_array_equal(fast.transpose(1, 2, 0), np.asarray(result))  # (3, H, W) -> (H, W, 3)
     return np.asarray(result)
 
 
@@ -143,8 +146,9 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, share: float) 
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
     cut = tmp_path / f"cut.{suffix}"
     cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
-    with pytest.raises(DECODE_ERRORS):
-        load_rgb(cut)
+    for decode in (load_rgb, load_rgb_tensor):
+        with pytest.raises(DECODE_ERRORS):
+            decode(cut)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])

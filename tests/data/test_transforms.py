@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from furnace.data.images import load_rgb
 from furnace.data.transforms import build_transform
 from furnace.models.panderm import PANDERM_EVAL as PANDERM
+from furnace.runtime.files import UserError
 from helpers import GOLDEN
 
 
@@ -64,3 +66,30 @@ def test_resize_follows_the_config(side: int, crop_pct: float, interpolation: st
 def test_any_image_gives_the_input_size(size: tuple[int, int]) -> None:
     found = build_transform(config(crop_pct=0.9))(Image.new("RGB", size, (255, 255, 255)))
     assert tuple(found.shape) == (3, 32, 32) and torch.equal(found, torch.ones(3, 32, 32))
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+@pytest.mark.parametrize("size", [(224, 224), (600, 450), (450, 601), (1300, 1000)])
+def test_fast_stays_within_one_grey_value(tmp_path, size: tuple[int, int], crop_pct: float) -> None:
+    """Of camera-like JPEGs, smooth with noise."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.asarray(coarse) + rng.normal(0, 10, (size[1], size[0], 3))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg", quality=90)
+    numbers = config(input_size=(3, 224, 224), crop_pct=crop_pct)
+    fast = build_transform(numbers, "fast")
+    one, two = build_transform(numbers)(load_rgb(tmp_path / "a.jpg")), fast(fast.load(tmp_path / "a.jpg"))
+    assert one.shape == two.shape == (3, 224, 224) and two.dtype == torch.float32
+    assert (one - two).abs().max() <= 1.001 / 255
+
+
+def test_fast_normalises_by_the_same_numbers() -> None:
+    picture = Image.new("RGB", (300, 300), (10, 200, 90))
+    torch.testing.assert_close(build_transform(PANDERM, "fast")(picture), build_transform(PANDERM)(picture))
+
+
+@pytest.mark.parametrize("change", [{"interpolation": "bicubic"}, {"crop_mode": "squash"},
+                                    {"input_size": (3, 224, 196)}])
+def test_fast_is_refused_where_it_would_differ(change: dict) -> None:
+    with pytest.raises(UserError, match="--transform fast is for square centre crops"):
+        build_transform(config(**change), "fast")

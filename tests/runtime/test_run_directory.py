@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from furnace.runtime.files import OutputError, UserError
-from furnace.runtime.run_directory import RunDirectory, fingerprint, open_run
+from furnace.runtime.run_directory import RunDirectory, child_runs, fingerprint, open_run
 
 PARTS = {"model": "demo", "seed": 0, "percent_data": 1.0}
 
@@ -114,3 +114,51 @@ def test_arguments_are_plain_yaml(tmp_path) -> None:
     opened(tmp_path).write_arguments({"model": "demo", "output_dir": tmp_path / "x", "root_path": None})
     assert yaml.safe_load((tmp_path / "args.yaml").read_text()) == {"model": "demo", "root_path": None,
                                                                     "output_dir": str(tmp_path / "x")}
+
+
+def test_overwrite_moves_the_plots_too(tmp_path) -> None:
+    """Twice: the plots of the run before the last one make room."""
+    for number in range(3):
+        run = opened(tmp_path, overwrite=True)
+        assert not (tmp_path / "plots").exists()
+        (tmp_path / "plots").mkdir()
+        (tmp_path / "plots" / f"{number}.png").write_bytes(b"x")
+        run.write_results({"number": number})
+    assert [p.name for p in (tmp_path / "previous" / "plots").iterdir()] == ["1.png"]
+
+
+SETTINGS = [{"percent_data": p, "seed": s} for p in (0.1, 1.0) for s in (0, 1)]
+
+
+def test_child_runs_are_run_directories_inside(tmp_path) -> None:
+    """In the order of the settings, each with a fingerprint of its own; finished ones are answered from."""
+    parent, calls = opened(tmp_path), []
+
+    def run_one(run: RunDirectory, setting: dict) -> dict:
+        calls.append(setting)
+        assert run.path == tmp_path / f"percent_data_{setting['percent_data']}_seed_{setting['seed']}"
+        return {"value": 10 * setting["percent_data"] + setting["seed"]}
+
+    outcomes = child_runs(parent, SETTINGS, run_one)
+    assert [outcome["value"] for outcome in outcomes] == [1, 2, 10, 11] and calls == SETTINGS
+    assert len({outcome["fingerprint"] for outcome in outcomes} | {parent.fingerprint}) == 5
+    again = child_runs(opened(tmp_path), SETTINGS + [{"percent_data": 0.5, "seed": 0}], run_one)
+    assert [outcome["value"] for outcome in again] == [1, 2, 10, 11, 5] and len(calls) == 5
+    child_runs(opened(tmp_path), SETTINGS[:1], run_one, overwrite=True)
+    assert len(calls) == 6
+
+
+def test_a_child_that_fails_is_begun_again_and_no_other(tmp_path) -> None:
+    """As after a kill: the finished ones stay, the unfinished one has no results."""
+    calls = []
+
+    def run_one(run: RunDirectory, setting: dict) -> dict:
+        calls.append(setting)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"value": 0}
+
+    with pytest.raises(KeyboardInterrupt):
+        child_runs(opened(tmp_path), SETTINGS, run_one)
+    child_runs(opened(tmp_path), SETTINGS, run_one)
+    assert calls == [*SETTINGS[:3], *SETTINGS[2:]]

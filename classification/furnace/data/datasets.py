@@ -1,7 +1,7 @@
 """Images of a manifest as tensors, in order, each exactly once over all processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,26 +45,27 @@ class ImageDataset(Dataset):
     def __init__(self, manifest: Manifest, transform: Transform) -> None:
         self.manifest = manifest
         self.transform = transform
+        self.load = getattr(transform, "load", load_rgb)
 
     def __len__(self) -> int:
         return len(self.manifest)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | str, int]:
         try:
-            image = load_rgb(self.manifest.path_of(index))
+            image = self.load(self.manifest.path_of(index))
         except DECODE_ERRORS as error:
             return str(error) or type(error).__name__, index
         return self.transform(image), index
 
 
 class StridedSampler(Sampler[int]):
-    """Positions rank, rank + world_size, ...: every image in one process, none twice, no padding."""
+    """Of these positions the rank-th, the (rank + world_size)-th, ...: each in one process, none twice, no padding."""
 
-    def __init__(self, length: int) -> None:
-        self.positions = range(distributed.rank(), length, distributed.world_size())
+    def __init__(self, positions: Sequence[int]) -> None:
+        self.positions = positions[distributed.rank()::distributed.world_size()]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.positions)
+        return map(int, self.positions)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -84,7 +85,7 @@ def build_loader(manifest: Manifest, transform: Transform, *, batch_size: int, n
 
     Args:
         manifest: the images.
-        transform: from ``build_transform``.
+        transform: from ``build_transform``, or any function from a PIL RGB image to a tensor.
         batch_size: upper bound of images per batch; the last batch is as small as it falls.
         num_workers: decoding processes; None picks by the machine (at most 8, and no more than there are CPUs).
         device: where the batches will go; pinned memory and larger batches for cuda.
@@ -95,5 +96,12 @@ def build_loader(manifest: Manifest, transform: Transform, *, batch_size: int, n
         num_workers = min(8, cpus)
     dataset = ImageDataset(manifest, transform)
     return DataLoader(dataset, batch_size=min(batch_size, LARGEST_BATCH.get(kind, 32)),
-                      sampler=StridedSampler(len(dataset)), num_workers=min(num_workers, len(dataset)),
+                      sampler=StridedSampler(range(len(dataset))), num_workers=min(num_workers, len(dataset)),
                       collate_fn=collate, pin_memory=kind == "cuda")
+
+
+def subset_loader(loader: DataLoader, positions: Sequence[int]) -> DataLoader:
+    """The same loader over some of its manifest's images, in the order of ``positions``."""
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=StridedSampler(positions),
+                      num_workers=min(loader.num_workers, len(positions)), collate_fn=collate,
+                      pin_memory=loader.pin_memory)

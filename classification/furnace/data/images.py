@@ -3,13 +3,16 @@
 import hashlib
 import os
 import struct
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from furnace.data.problems import ROW, Problem
 
@@ -31,7 +34,7 @@ def load_rgb(path: str | Path) -> Image.Image:
     """
     with Image.open(path) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # I;16 and, from older decoders, I with 16-bit values
             values = np.asarray(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
@@ -41,7 +44,27 @@ def load_rgb(path: str | Path) -> Image.Image:
             raise ValueError("it holds floating-point values; save it with 8 bits a channel")
         elif image.mode == "P":
             image = image.convert("RGBA")  # palettes with transparency need the step over RGBA
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert copies, RGB or not
+
+
+def load_rgb_tensor(path: str | Path) -> torch.Tensor:
+    """Decode an image file to an upright (3, H, W) uint8 tensor; colour JPEGs by torchvision's faster decoder.
+
+    Raises:
+        One of DECODE_ERRORS, as ``load_rgb``.
+    """
+    with Image.open(path) as image:
+        colour_jpeg = image.format == "JPEG" and image.mode == "RGB"
+    try:
+        from torchvision.io import ImageReadMode, decode_image
+    except ImportError:  # deprecated in torchvision 0.29
+        colour_jpeg = False
+    if not colour_jpeg:
+        return pil_to_tensor(load_rgb(path))
+    content = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*TorchVision are deprecated.*")
+        return decode_image(content, mode=ImageReadMode.RGB, apply_exif_orientation=True)
 
 
 def check_files(frame: pd.DataFrame, root: Path, problems: list[Problem]) -> tuple[str, list[str]]:

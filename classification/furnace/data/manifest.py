@@ -5,21 +5,20 @@ two classes, ``binary_label`` (0/1). Other columns are kept; ``class_name``, ``p
 where they exist. Every problem of the file is found in one pass and reported together.
 """
 
-import csv
 import hashlib
-import io
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from furnace.data.class_names import read_class_names, some
+from furnace.data.csv_table import image_folder, missing_column, parse_csv, read_csv_bytes
 from furnace.data.images import check_files
-from furnace.data.problems import ROW, ManifestError, Problem, report
-from furnace.runtime.files import UserError
+from furnace.data.problems import ROW, Problem, report
 
 logger = logging.getLogger(__name__)
 
@@ -108,81 +107,38 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
         UserError: the CSV or the image folder does not exist.
     """
     csv_path = Path(csv_path).expanduser()
-    if not csv_path.is_file():
-        folder = csv_path.parent
-        beside = sorted(p.name for p in folder.glob("*.csv"))[:5] if folder.is_dir() else []
-        raise UserError(f"--csv_path {csv_path} {'is a folder' if csv_path.is_dir() else 'does not exist'}"
-                        + (f"; {folder} has: {', '.join(beside)}" if beside else ""))
-    root = Path(root_path).expanduser() if root_path else csv_path.parent
-    if not root.is_dir():
-        raise UserError(f"--root_path {root} is not a folder: it must hold the images that the CSV names")
-    content = csv_path.read_bytes()
+    content = read_csv_bytes(csv_path)
+    root = image_folder(root_path, csv_path)
     problems: list[Problem] = []
-    frame = _parse(content, csv_path, problems)
+    frame = parse_csv(content, csv_path, problems)
     label_column = _label_column(frame, nb_classes, problems)
     for column in ("image", "split"):
         if column not in frame:
-            problems.append(_missing_column(frame, column, f"add a column named {column}"))
+            problems.append(missing_column(frame, column, f"add a column named {column}"))
     images_digest = ""
     if "split" in frame:
         frame["split"] = _check_splits(frame, problems)
     if label_column:
         if label_column != "label" and "label" in frame:
             frame["multiclass_label"] = frame["label"]
-        frame["label"] = _check_labels(frame, label_column, nb_classes, problems)
+        frame["label"] = check_labels(frame, label_column, nb_classes, problems)
         if "split" in frame:
             _check_train_classes(frame, nb_classes, label_column, problems)
     if "image" in frame:
         images_digest, content_ids = check_files(frame, root, problems)
         if label_column and "split" in frame:
-            _check_repeats(frame, root, content_ids, strict_split, problems)
+            check_repeats(frame, root, content_ids, strict_split, problems)
     groups = tuple(column for column in GROUP_COLUMNS if column in frame)
     if "split" in frame:
         for column in groups:
             _check_group_leakage(frame, column, strict_split, problems)
-    class_names = _class_names(frame, nb_classes, class_names_file, problems)
+    class_names = read_class_names(frame, nb_classes, class_names_file, problems)
     report(problems, csv_path=csv_path, folder=report_folder)
     first = ["image", "label", "split", ROW]
     return Manifest(frame=frame[first + [c for c in frame.columns if c not in first]].astype({"label": "int64"}),
                     name=csv_path.stem, csv_path=csv_path, root=root, sha256=hashlib.sha256(content).hexdigest(),
                     images_digest=images_digest, class_names=class_names, label_column=label_column,
                     group_columns=groups)
-
-
-def _parse(content: bytes, csv_path: Path, problems: list[Problem]) -> pd.DataFrame:
-    """Bytes to a table of stripped text; empty cells become None, blank lines go, ROW is the line in the file."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise ManifestError(f"{csv_path} is not UTF-8 text (byte {error.start}, row {line}): save it as "
-                            "'CSV UTF-8' in your spreadsheet program") from error
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
-    except csv.Error as error:
-        raise ManifestError(f"{csv_path} is not a valid CSV (row {reader.line_num}: {error})") from error
-    lines = [(number, cells) for number, cells in lines if any(cells)]
-    if not lines:
-        raise ManifestError(f"{csv_path} is empty: its first line must name the columns image, label, split")
-    header, body = lines[0][1], lines[1:]
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        mark = "semicolons" if ";" in header[0] else "tabs"
-        raise ManifestError(f"{csv_path} separates its cells by {mark}: save it with commas")
-    for name in sorted({name for name in header if name and header.count(name) > 1}):
-        problems.append(Problem("repeated column", row=1, column=name, text="stands more than once in the header",
-                                remedy="keep one of them"))
-    for number, cells in body:
-        if len(cells) > len(header) and any(cells[len(header):]):
-            problems.append(Problem("ragged row", row=number, text=f"{len(cells)} cells under {len(header)} columns",
-                                    remedy="put quotes around cells that contain commas"))
-    columns = {name: [cells[i] if i < len(cells) and cells[i] else None for _, cells in body]
-               for i, name in reversed(list(enumerate(header))) if name}  # the first of equal names wins
-    frame = pd.DataFrame({name: columns[name] for name in dict.fromkeys(header) if name}, dtype=object)
-    frame[ROW] = [number for number, _ in body]
-    if not body:
-        problems.append(Problem("no rows", text="the CSV has a header and no images", remedy="add a row per image"))
-    return frame
 
 
 def _label_column(frame: pd.DataFrame, nb_classes: int, problems: list[Problem]) -> str | None:
@@ -196,25 +152,13 @@ def _label_column(frame: pd.DataFrame, nb_classes: int, problems: list[Problem])
     remedy = "add a column with integers from 0"
     if "binary_label" in frame:
         remedy = "pass --nb_classes 2 to use the column binary_label, or add a column label"
-    problems.append(_missing_column(frame, wanted, remedy))
+    problems.append(missing_column(frame, wanted, remedy))
     return None
-
-
-def _missing_column(frame: pd.DataFrame, column: str, remedy: str) -> Problem:
-    """With the columns that are there, and the one that differs by capitals only."""
-    present = [name for name in frame.columns if name != ROW]
-    close = [name for name in present if name.lower() == column]
-    return Problem("missing column", column=column, text=f"the columns are: {', '.join(present) or 'none'}",
-                   remedy=f"rename {close[0]} to {column}" if close else remedy)
 
 
 def _check_splits(frame: pd.DataFrame, problems: list[Problem]) -> pd.Series:
     """Every split name known, train and test not empty."""
-    for row, value in frame.loc[~frame["split"].isin(SPLITS), [ROW, "split"]].itertuples(index=False):
-        guess = {"tr": "train", "va": "val", "de": "val", "te": "test"}.get(str(value).lower()[:2])
-        problems.append(Problem("unknown split", row=row, column="split",
-                                text="is empty" if value is None else f"{value!r} is none of train, val, test",
-                                remedy=f"write {guess}" if value and guess else "write train, val or test"))
+    check_split_names(frame, problems)
     for name in ("train", "test"):
         if not (frame["split"] == name).any():
             problems.append(Problem("empty split", column="split", text=f"no image has the split {name}",
@@ -222,8 +166,29 @@ def _check_splits(frame: pd.DataFrame, problems: list[Problem]) -> pd.Series:
     return frame["split"]
 
 
-def _check_labels(frame: pd.DataFrame, column: str, nb_classes: int, problems: list[Problem]) -> pd.Series:
-    """Text to class numbers ("1.0" counts as 1); -1 where that fails."""
+def check_split_names(frame: pd.DataFrame, problems: list[Problem]) -> None:
+    """Every row is in train, val or test."""
+    for row, value in frame.loc[~frame["split"].isin(SPLITS), [ROW, "split"]].itertuples(index=False):
+        guess = {"tr": "train", "va": "val", "de": "val", "te": "test"}.get(str(value).lower()[:2])
+        problems.append(Problem("unknown split", row=row, column="split",
+                                text="is empty" if value is None else f"{value!r} is none of train, val, test",
+                                remedy=f"write {guess}" if value and guess else "write train, val or test"))
+
+
+def check_labels(frame: pd.DataFrame, column: str, nb_classes: int, problems: list[Problem], *,
+                 too_high: str = "") -> pd.Series:
+    """Text to class numbers ("1.0" counts as 1); -1 where that fails.
+
+    Args:
+        frame: the table, as text.
+        column: where the numbers stand.
+        nb_classes: K; the numbers are 0 to K - 1.
+        problems: extended by the rows without a class.
+        too_high: the remedy for a number from K on; "" proposes a higher --nb_classes.
+
+    Returns:
+        (N,) int64.
+    """
     numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
     whole = numbers.notna() & np.isfinite(numbers) & (numbers % 1 == 0)
     known = whole & (numbers >= 0) & (numbers < nb_classes)
@@ -240,6 +205,7 @@ def _check_labels(frame: pd.DataFrame, column: str, nb_classes: int, problems: l
             text = f"{value} is not in 0..{nb_classes - 1}"
             fits = 0 < numbers.iat[index] and highest < MOST_CLASSES
             remedy = f"pass --nb_classes {highest + 1}" if fits else "number the classes from 0"
+            remedy = too_high if too_high and numbers.iat[index] > 0 else remedy
         problems.append(Problem("bad label", row=int(frame[ROW].iat[index]), column=column, text=text,
                                 remedy=remedy))
     return numbers.where(known, -1).astype("int64")
@@ -251,12 +217,12 @@ def _check_train_classes(frame: pd.DataFrame, nb_classes: int, column: str, prob
     absent = [k for k in range(nb_classes) if k not in train]
     if train and absent:
         problems.append(Problem("class absent from train", column=column,
-                                text=f"no train image has class {_some(absent)}",
+                                text=f"no train image has class {some(absent)}",
                                 remedy=f"add some, or pass the right --nb_classes (now {nb_classes})"))
 
 
-def _check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], strict: bool,
-                   problems: list[Problem]) -> None:
+def check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], strict: bool,
+                  problems: list[Problem]) -> None:
     """One image in several rows: with two labels an error; in two splits or twice in one, a warning.
 
     A copy under another name is a warning where it crosses splits or labels (public sets have some).
@@ -302,43 +268,3 @@ def _check_group_leakage(frame: pd.DataFrame, column: str, strict: bool, problem
         problems.append(Problem(f"{column.removesuffix('_id')} in two splits", row=int(rows[group]), column=column,
                                 warning=not strict, text=f"{group} has images in {' and '.join(names)}",
                                 remedy="keep all of its images in one split: the test result is too good otherwise"))
-
-
-def _class_names(frame: pd.DataFrame, nb_classes: int, file: str | Path | None,
-                 problems: list[Problem]) -> tuple[str, ...]:
-    """From --class_names, else the class_name column (unless the classes are binary_label's), else the numbers."""
-    numbers = tuple(map(str, range(nb_classes)))
-    if file:
-        path = Path(str(file).strip()).expanduser()
-        if not path.is_file():
-            raise UserError(f"--class_names {path} is no file: it must be a text file with one name a line")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--class_names {path} is not UTF-8 text: save it as UTF-8") from error
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-        if len(names) != nb_classes or len(set(names)) != len(names):
-            problems.append(Problem("class names", file=str(path), text=f"has {len(set(names))} different names for "
-                            f"{nb_classes} classes", remedy="write one name a line, in the order of the labels"))
-            return numbers
-        return tuple(names)
-    if not {"class_name", "label"} <= set(frame.columns):
-        return numbers
-    known = frame[frame["class_name"].notna() & (frame["label"] >= 0)]
-    per_label = known.groupby("label")["class_name"].unique()
-    if nb_classes == 2 and per_label.map(len).gt(1).any():
-        return numbers  # names of finer classes beside a binary label
-    for label, names in per_label.items():
-        if len(names) > 1:
-            problems.append(Problem("class names", column="class_name", text=f"class {label} is called "
-                            f"{_some(names)}", remedy="give each class one name"))
-    for name, labels in known.groupby("class_name")["label"].unique().items():
-        if len(labels) > 1:
-            problems.append(Problem("class names", column="class_name", text=f"{name!r} names the classes "
-                            f"{_some(sorted(labels))}", remedy="give each class a name of its own"))
-    return tuple(str(per_label[k][0]) if k in per_label.index else str(k) for k in range(nb_classes))
-
-
-def _some(values: Iterable[object], most: int = 4) -> str:
-    values = list(values)
-    return " and ".join(map(str, values[:most])) + (" ..." if len(values) > most else "")

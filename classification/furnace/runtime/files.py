@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pandas as pd
 import yaml
 
 
@@ -97,6 +98,12 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_yaml(path: str | Path, value: dict[str, Any]) -> None:
     """Write a flat YAML file atomically, keys in their order."""
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a CSV atomically; floats with nine digits, so that float32 values come back bit for bit."""
+    with atomic_write(path) as file:
+        file.write(table.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode("utf-8"))
 
 
 def check_space(folder: str | Path, needed: int) -> None:

@@ -1,6 +1,7 @@
 """Which device, and in which number format the forward pass runs."""
 
 import contextlib
+import copy
 import logging
 import time
 
@@ -41,6 +42,28 @@ def autocast(device: torch.device, amp_dtype: str) -> contextlib.AbstractContext
     """The context for a forward pass in ``amp_dtype`` (bf16, fp16 or fp32; fp32 means no autocast)."""
     dtype = AMP_DTYPES[amp_dtype]
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def prepare_for_inference(backbone: torch.nn.Module, amp_dtype: str, compile_backbone: bool = False) -> torch.nn.Module:
+    """A backbone as it runs fastest without gradients; the weights of the one that was given keep their values.
+
+    Convolutions get the channels-last layout (on a CPU five times as fast for EfficientNet-Lite0 in fp32, no matter for
+    a ViT). In bf16 or fp16 the weights of linear and convolutional layers are cast once, in a copy, as autocast would
+    cast them in every batch; the rest (norms, residual sums) stays as autocast leaves it.
+
+    Args:
+        backbone: in eval mode.
+        amp_dtype: bf16, fp16 or fp32.
+        compile_backbone: compile it by torch.compile for one fixed batch size.
+    """
+    dtype = AMP_DTYPES[amp_dtype]
+    if dtype is not None:
+        backbone = copy.deepcopy(backbone)
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(dtype)
+    backbone = torch.nn.utils.convert_conv2d_weight_memory_format(backbone, torch.channels_last)
+    return torch.compile(backbone, dynamic=False) if compile_backbone else backbone
 
 
 def resolve_amp_dtype(requested: str, backbone: torch.nn.Module, device: torch.device, input_size: int) -> str:

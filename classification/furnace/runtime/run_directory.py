@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from furnace.runtime import files
 from furnace.runtime.files import OutputError, UserError
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
-RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv")
+RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "probe.safetensors",
+             "probe.json", "plots")
 ONCE = ("config", "overwrite", "no_auto_resume")  # said for one start of a run, not part of it
 PREVIOUS = "previous"  # where --overwrite moves the files of the run before
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "Pillow")
@@ -36,12 +39,14 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
+        parts: what decides the run's numbers.
         fingerprint: hex SHA-256 of the parts.
         previous: arguments that an earlier, unfinished process of the same run settled (empty for a new run).
     """
 
     def __init__(self, path: Path, parts: dict[str, Any], previous: dict[str, Any]) -> None:
         self.path = path
+        self.parts = parts
         self.fingerprint = fingerprint(parts)
         self.previous = previous
 
@@ -52,10 +57,9 @@ class RunDirectory:
         files.write_yaml(self.path / ARGS, plain)
 
     def write_predictions(self, split: str, table: pd.DataFrame) -> Path:
-        """Write ``<split>.csv``; floats with nine digits, so that float32 values come back bit for bit."""
+        """Write ``<split>.csv`` (see ``files.write_table``)."""
         path = self.path / f"{split}.csv"
-        with files.atomic_write(path) as file:
-            file.write(table.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode("utf-8"))
+        files.write_table(path, table)
         return path
 
     def write_log(self, entry: dict[str, Any]) -> None:
@@ -115,12 +119,41 @@ def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, 
     for name in reversed(present):  # env.json last: whenever this is cut off, the folder is still a run's
         try:
             (path / PREVIOUS).mkdir(exist_ok=True)
+            if (path / PREVIOUS / name).is_dir():
+                shutil.rmtree(path / PREVIOUS / name)
             os.replace(path / name, path / PREVIOUS / name)
         except OSError as error:
             raise files.output_error(path / name, error) from error
     files.write_json(path / ENV, {"fingerprint": fingerprint(parts), "fingerprint_parts": parts, **environment,
                                   **describe_environment()})
     return RunDirectory(path, parts, previous)
+
+
+def child_runs(parent: RunDirectory, settings: Sequence[dict[str, Any]],
+               run_one: Callable[[RunDirectory, dict[str, Any]], dict[str, Any]], *,
+               overwrite: bool = False) -> list[dict[str, Any]]:
+    """The one loop over seeds, folds and fractions: each setting is a run directory inside the parent's.
+
+    Args:
+        parent: the run that was asked for.
+        settings: flat dictionaries such as ``{"percent_data": 0.1, "seed": 3}``; the folder is named after them.
+        run_one: makes the run in its directory and returns its results; the child is finished when it has returned.
+        overwrite: make finished children again.
+
+    Returns:
+        The results of every child, in the order of ``settings``; those of finished children as they were stored.
+    """
+    outcomes = []
+    for setting in settings:
+        name = "_".join(f"{key}_{value}" for key, value in setting.items())
+        child = open_run(parent.path / name, parts={**parent.parts, **setting, "parent": parent.fingerprint},
+                         environment={"seed": setting.get("seed")}, overwrite=overwrite)
+        results = child.read_results()
+        if results is None:
+            child.write_results(run_one(child, setting))
+            results = child.read_results()
+        outcomes.append(results)
+    return outcomes
 
 
 def _refuse_other_run(path: Path, stored: dict[str, Any], parts: dict[str, Any]) -> None:
