@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = distributed.on_main(lambda: open_evaluation_run(
         TASK, vars(args), manifest, backbone.provenance, left_out={"test_csv", "test_root"},
         also={"probe_precision": "float64", **outside}))
-    results = run.read_results()
-    if results and "table_rows" in results and (run.path / ("table.csv" if settings[1:] else "test.csv")).exists():
+    results = distributed.on_main(lambda: stored_results(run, "table.csv" if settings[1:] else "test.csv"))
+    if results:
         report_finished(run, results, table, earlier=True)
         return 0
 
@@ -116,6 +116,12 @@ def refuse_input_as_table(table: Path, csv_path: Path) -> None:
     if table.exists() and csv_path.exists() and table.samefile(csv_path):
         raise files.OutputError(f"--csv_filename {table.name} in --output_dir is the input {csv_path}; nothing was "
                                 "written: choose another name")
+
+
+def stored_results(run: RunDirectory, file: str) -> dict[str, Any] | None:
+    """The results of a finished run whose file is still there."""
+    results = run.read_results()
+    return results if results and "table_rows" in results and (run.path / file).exists() else None
 
 
 def report_finished(run: RunDirectory, results: dict[str, Any], table: Path, *, earlier: bool) -> None:

@@ -71,7 +71,8 @@ def test_readme_evaluation_command(tmp_path, base_checkpoint, monkeypatch) -> No
     assert lines[0] == "Dataset,W_F1,AUROC,BACC,ACC,AUPR" and lines[1].startswith("2000,") and len(lines) == 2
     (folder,) = (output / "2000").iterdir()
     assert folder.name.startswith("PanDerm_Base_LP_")
-    assert sorted(p.name for p in folder.iterdir()) == ["args.yaml", "env.json", "log.txt", "results.json", "test.csv"]
+    assert sorted(p.name for p in folder.iterdir()) == ["args.yaml", "env.json", "log.txt", "plots", "probe.json",
+                                                          "probe.safetensors", "results.json", "test.csv"]
     predictions = pd.read_csv(folder / "test.csv")
     assert list(predictions) == ["filename", "true_label", "predicted_label",
                                  *(f"probability_class_{k}" for k in range(6))]
@@ -243,7 +244,7 @@ def test_overwrite_that_fails_loses_nothing(tmp_path) -> None:
     assert run(csv, tmp_path / "out", "--overwrite", "--device", "cuda:77") == 2 and snapshot(folder) == before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("furnace.data.datasets.load_rgb", lambda path: (_ for _ in ()).throw(OSError("cut")))
-        assert run(csv, tmp_path / "out", "--overwrite") == 2
+        assert run(csv, tmp_path / "out", "--overwrite", "--no_cache") == 2
     assert {name: (folder / "previous" / name).read_bytes() for name in before} == before
 
 
@@ -284,19 +285,144 @@ def test_args_yaml_reproduces_the_run(tmp_path) -> None:
     assert snapshot(tmp_path / "out") == before
 
 
+def extracted(output: Path) -> list[int]:
+    """Of every finished command in an output folder, how many images it decoded."""
+    logs = sorted(output.glob("*/*/log.txt"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(log.read_text().splitlines()[-1])["images_extracted"] for log in logs]
+
+
+def test_label_efficiency_extracts_once(tmp_path, caplog) -> None:
+    """Every fraction and seed from one extraction; another seed, another fraction, a second run from none."""
+    csv = small_set(tmp_path / "data", per_split={"train": 8, "val": 2, "test": 3})
+    out, table = tmp_path / "out", tmp_path / "out" / "results.csv"
+    more = ["--percent_mode", "stratified", "--seeds", "0", "1", "--percent_data"]
+    assert run(csv, out, *more, "1.0", "0.25", "0.5") == 0
+    (folder,) = (out / "small").iterdir()
+    children = [f"percent_data_{p}_seed_{s}" for p in (0.25, 0.5, 1.0) for s in (0, 1)]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["args.yaml", "env.json", "log.txt", *children, "plots", "results.json", "table.csv"])
+    assert sorted(p.name for p in (folder / children[0]).iterdir()) == [
+        "env.json", "probe.json", "probe.safetensors", "results.json", "test.csv", "val.csv"]
+    lines = pd.read_csv(folder / "table.csv")
+    assert lines["percent_data"].tolist() == [0.25, 0.25, 0.5, 0.5, 1, 1] and lines["train_images"].tolist()[::2] == [
+        6, 12, 24]
+    assert [line.split(",")[0] for line in table.read_text().splitlines()[1:]] == [
+        f"small@percent_{p:g}_seed_{s}" for p in (0.25, 0.5, 1.0) for s in (0, 1)]
+    assert extracted(out) == [39] and "mean (SD) over seeds" in caplog.text
+    before = snapshot(out)
+    assert run(csv, out, *more, "0.25", "0.5", "1.0") == 0, "the same fractions in another order are the same run"
+    assert snapshot(out) == before
+    assert run(csv, out, "--seeds", "7", "--percent_data", "0.75") == 0
+    assert run(csv, out) == 0
+    assert extracted(out) == [39, 0, 0]
+    alone = next(path for path in (out / "small").iterdir() if (path / "test.csv").exists()
+                 and "percent_data:\n- 1.0" in (path / "args.yaml").read_text())
+    whole = pd.read_csv(alone / "test.csv").filter(like="probability_")
+    of_list = pd.read_csv(folder / "percent_data_1.0_seed_0" / "test.csv").filter(like="probability_")
+    np.testing.assert_allclose(whole, of_list, atol=2e-4)  # stratified draws the same images in another order
+
+
+def test_only_the_needed_images_are_decoded(tmp_path) -> None:
+    csv = small_set(tmp_path / "data", per_split={"train": 8, "val": 0, "test": 2})
+    assert run(csv, tmp_path / "out", "--percent_data", "0.25", "--no_cache") == 0
+    assert extracted(tmp_path / "out") == [6 + 6]
+
+
+def test_interrupted_list_goes_on(tmp_path, monkeypatch) -> None:
+    """Ctrl-C between two probes: the finished children are kept."""
+    csv = small_set(tmp_path / "data", per_split={"train": 6, "val": 1, "test": 2})
+    more = ["--percent_data", "0.5", "1.0", "--percent_mode", "stratified", "--seeds", "0", "1"]
+    calls, fit = [], linear_eval.evaluate_once
+
+    def counted(child, *args, **kwargs):
+        calls.append(child.path.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(child, *args, **kwargs)
+
+    monkeypatch.setattr(linear_eval, "evaluate_once", counted)
+    assert run(csv, tmp_path / "out", *more) == 130
+    assert run(csv, tmp_path / "out", *more) == 0
+    assert calls == [*calls[:3], *calls[2:3], calls[4]] and len(set(calls)) == 4
+    assert extracted(tmp_path / "out") == [0]
+
+
+def test_sweep(tmp_path) -> None:
+    """A strength of the grid, chosen on val, told in results.json; another monitor is another run."""
+    csv = small_set(tmp_path / "data", per_split={"train": 6, "val": 4, "test": 3})
+    for monitor in ([], ["--monitor", "auroc"]):
+        assert run(csv, tmp_path / "out", "--probe", "sweep", *monitor) == 0
+    told = [json.loads(path.read_text())["probe"] for path in (tmp_path / "out").glob("*/*/results.json")]
+    assert sorted(probe["monitor"] for probe in told) == ["auroc", "bacc"]
+    for probe in told:
+        values = {entry["C"]: entry[f"val_{probe['monitor']}"] for entry in probe["sweep"]}
+        assert len(values) == 20 and values[probe["cost"]] == max(values.values())
+
+
+def named_set(folder: Path, names: list[str], **more) -> Path:
+    """A small set whose classes have these names, label k being names[k]."""
+    csv = small_set(folder, classes=len(names), **more)
+    table = pd.read_csv(csv)
+    table.assign(class_name=[names[k] for k in table["label"]]).to_csv(csv, index=False)
+    return csv
+
+
+def test_external_test_set(tmp_path) -> None:
+    """Its classes are found by name, although it numbers them otherwise; it is told beside the own test set."""
+    csv = named_set(tmp_path / "data", ["akiec", "mel", "nv"], per_split={"train": 5, "val": 2, "test": 2})
+    outer = named_set(tmp_path / "outer", ["nv", "MEL "], per_split={"train": 0, "val": 0, "test": 4})
+    table = pd.read_csv(outer).rename(columns={"split": "part"})
+    draw_images(outer.parent, table["image"].tolist(), seed=4)
+    table.to_csv(outer.with_name("ddi.csv"), index=False)
+    assert run(csv, tmp_path / "out", "--test_csv", str(outer.with_name("ddi.csv")), "--test_root",
+               f"{outer.parent}/ ") == 0
+    results = results_of(tmp_path / "out")
+    assert results["splits"]["external"]["n"] == 8 and results["splits"]["test"]["n"] == 6
+    stored = pd.read_csv(next((tmp_path / "out").glob("*/*/external.csv")))
+    assert stored["true_label"].tolist() == [2] * 4 + [1] * 4 and stored.columns[-1] == "probability_class_2"
+    reason = results["splits"]["external"]["metrics"]["auroc"]["reason"]
+    assert "class 0 is absent" in reason
+    assert [line.split(",")[0] for line in (tmp_path / "out" / "results.csv").read_text().splitlines()[1:]] == [
+        "small", "small->ddi"]
+    draw_images(outer.parent, table["image"].tolist(), seed=5)
+    assert run(csv, tmp_path / "out", "--test_csv", str(outer.with_name("ddi.csv"))) == 0
+    assert len(list((tmp_path / "out").glob("*/*/results.json"))) == 2, "other external pictures are another run"
+
+
+def test_external_mistakes(tmp_path, capsys, caplog) -> None:
+    csv = named_set(tmp_path / "data", ["akiec", "mel", "nv"])
+    outer = named_set(tmp_path / "outer", ["nv", "scc"])
+    assert run(csv, tmp_path / "out", "--test_csv", str(outer)) == 2
+    error = capsys.readouterr().err
+    assert "'scc'" in error and "akiec, mel, nv" in error and "unknown class" in error
+    assert run(csv, tmp_path / "out", "--test_root", str(tmp_path)) == 2
+    assert "--test_csv, which is missing" in capsys.readouterr().err
+    assert run(csv, tmp_path / "out", "--monitor", "acc") == 2
+    assert "the published probe has nothing to choose" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    train_again = pd.read_csv(csv).query("split == 'train'").assign(split="test")
+    train_again.to_csv(csv.with_name("again.csv"), index=False)
+    assert run(csv, tmp_path / "out", "--test_csv", str(csv.with_name("again.csv"))) == 0
+    assert "12 x image also in train" in caplog.text
+
+
 def test_two_processes_give_one_processs_numbers(tmp_path) -> None:
     """torchrun with two gloo ranks: nothing twice, nothing lost, one set of files."""
     csv = small_set(tmp_path / "data", per_split={"train": 5, "val": 0, "test": 3})
-    assert run(csv, tmp_path / "one") == 0
+    assert run(csv, tmp_path / "one", "--no_cache") == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
                            ROOT / "classification" / "linear_eval.py", "--model", "demo", "--csv_path", csv,
                            "--nb_classes", "3", "--output_dir", tmp_path / "two", "--amp_dtype", "fp32", "--device",
-                           "cpu"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "cpu", "--cache_dir", tmp_path / "cache"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (pd.read_csv(next((tmp_path / n).glob("*/*/test.csv"))) for n in ("one", "two"))
     pd.testing.assert_frame_equal(one, two, atol=1e-3)  # other batches, other last bits; the fit magnifies them
     assert (tmp_path / "two" / "results.csv").read_text().count("\n") == 2
+    assert run(csv, tmp_path / "three", "--cache_dir", str(tmp_path / "cache")) == 0
+    assert extracted(tmp_path / "three") == [0], "both processes kept their features"
+    three = pd.read_csv(next((tmp_path / "three").glob("*/*/test.csv")))
+    pd.testing.assert_frame_equal(two, three)
 
 
 # ------------------------------------------------------------------------------------------------- users' mistakes
@@ -431,10 +557,10 @@ def test_ten_faults_one_report(tmp_path, capsys) -> None:
 
 
 def full_disk(tmp_path: Path):
-    """A tmpfs of 64 kB (as root), else None."""
+    """A tmpfs of 1 MB (as root), else None."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
     return folder if done.returncode == 0 else None
 
 
@@ -453,7 +579,7 @@ def test_full_disk(tmp_path, capsys, monkeypatch) -> None:
         assert run(csv, disk) == 2
         assert "the disk is full" in capsys.readouterr().err and not snapshot(disk)
         monkeypatch.setattr("furnace.runtime.files.check_space", lambda *_: None)
-        (disk / "ballast").write_bytes(b"0" * 56 * 1024)  # two pages are left: env.json fits, the rest does not
+        (disk / "ballast").write_bytes(b"0" * 1016 * 1024)  # two pages are left: env.json fits, the rest does not
         assert run(csv, disk) == 2
         assert "the disk is full" in capsys.readouterr().err
         assert not list(disk.rglob("results.json")) and not list(disk.rglob("*.tmp"))

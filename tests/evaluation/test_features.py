@@ -16,7 +16,9 @@ import furnace
 from furnace.data.datasets import build_loader
 from furnace.data.images import load_rgb
 from furnace.data.manifest import Manifest, read_manifest
+from furnace.data.transforms import build_transform
 from furnace.evaluation.features import extract_features
+from furnace.models import create_backbone
 from furnace.runtime.files import UserError
 from helpers import ROOT, small_set
 
@@ -143,6 +145,50 @@ def test_bf16_is_stored_as_float32(manifest: Manifest) -> None:
     assert found.embeddings.dtype == np.float32 and {dtype for *_, dtype in backbone.calls} == {torch.bfloat16}
     difference = np.abs(found.embeddings - exact).max()
     assert 1e-6 < difference < 0.02
+
+
+def test_bf16_weights_are_cast_once_as_autocast_would(manifest: Manifest) -> None:
+    """Bit for bit, on a real ViT; the backbone itself stays in fp32."""
+    backbone = create_backbone("timm:test_vit", "random", input_size=160)
+    transform = build_transform(backbone)
+    found = extract(manifest, backbone, batch_size=7, transform=transform, amp_dtype="bf16")
+    images = torch.stack([transform(load_rgb(manifest.path_of(i))) for i in range(21)])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([backbone(part) for part in images.split(7)])
+    np.testing.assert_array_equal(found.embeddings, expected.float().numpy())
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+
+
+def test_features_do_not_depend_on_company(manifest: Manifest) -> None:
+    """The last bit of an image's features is the same alone, among others, and in another place of the batch."""
+    backbone = create_backbone("timm:test_vit", "random", input_size=160)
+    transform = build_transform(backbone)
+    whole = extract(manifest, backbone, batch_size=8, transform=transform).embeddings
+    order = np.random.default_rng(1).permutation(21)[:13]
+    np.testing.assert_array_equal(extract(manifest.take(order), backbone, batch_size=8, transform=transform).embeddings,
+                                  whole[order])
+    np.testing.assert_array_equal(extract(manifest.take([4]), backbone, batch_size=8, transform=transform).embeddings,
+                                  whole[[4]])
+
+
+def test_batches_are_halved_when_the_gpu_is_full(manifest: Manifest, caplog) -> None:
+    """The same features; later batches begin with the size that fitted; a single image that does not fit is told."""
+    class Small(Tiny):
+        room = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > self.room:
+                raise torch.cuda.OutOfMemoryError("full")
+            return super().forward(x)
+
+    backbone = Small()
+    found = extract(manifest, backbone, batch_size=8)
+    np.testing.assert_allclose(found.embeddings, plain(manifest), rtol=0, atol=1e-6)
+    assert {size for size, *_ in backbone.calls} == {2}
+    assert caplog.text.count("going on with batches of 4") == caplog.text.count("going on with batches of 2") == 1
+    backbone.room = 0
+    with pytest.raises(UserError, match="one image does not fit into the GPU's memory"):
+        extract(manifest, backbone, batch_size=8)
 
 
 def test_all_broken_files_in_one_error(tmp_path: Path) -> None:

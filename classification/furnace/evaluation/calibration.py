@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from sklearn.metrics import roc_curve
 
-from furnace.evaluation.metrics import ECE_BINS, _checked
+from furnace.evaluation.metrics import ECE_BINS, checked_inputs
 
 TEMPERATURES = (0.01, 100.0)  # the range searched
 SMALLEST = 1e-12  # stands for 0 while a temperature is fitted: the loss of a true class at 0 is infinite at any
@@ -32,7 +32,7 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
         probabilities: (N, K), or (N,) probabilities of class 1, of images that the model was not fitted on.
         labels: (N,) integers in 0..K-1.
     """
-    labels, p = _checked(labels, probabilities)
+    labels, p = checked_inputs(labels, probabilities)
     if len(np.unique(labels)) < 2:
         return _unfitted(f"the images are all of class {labels[0]}")
     logits = np.log(np.maximum(p, SMALLEST))
@@ -88,7 +88,7 @@ def reliability_bins(y_true: np.ndarray, probabilities: np.ndarray, bins: int = 
     Returns:
         A row per bin: low, high, n, mean confidence, accuracy; the latter two NaN in an empty bin.
     """
-    y_true, p = _checked(y_true, probabilities)
+    y_true, p = checked_inputs(y_true, probabilities)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == y_true
     which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     n = np.bincount(which, minlength=bins)
@@ -114,7 +114,7 @@ def operating_points(y_true: np.ndarray, probabilities: np.ndarray) -> list[dict
         "threshold", "reason"}``; numbers are None, with a reason, when the images are all or never of the class. The
         threshold is None when only calling no image positive meets the condition.
     """
-    y_true, p = _checked(y_true, probabilities)
+    y_true, p = checked_inputs(y_true, probabilities)
     points = []
     for k in (1,) if p.shape[1] == 2 else range(p.shape[1]):
         positive = y_true == k

@@ -48,7 +48,7 @@ def classification_metrics(y_true: np.ndarray, probabilities: np.ndarray) -> Met
     Raises:
         ValueError: no images, a label outside 0..K-1, or probabilities that are not finite or do not sum to 1.
     """
-    y_true, p = _checked(y_true, probabilities)
+    y_true, p = checked_inputs(y_true, probabilities)
     k = p.shape[1]
     y_pred = p.argmax(axis=1)
     one_hot = np.eye(k)[y_true]  # (N,) -> (N, K)
@@ -82,7 +82,7 @@ def classification_metrics(y_true: np.ndarray, probabilities: np.ndarray) -> Met
     return Metrics(values, reasons)
 
 
-def _checked(y_true: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked_inputs(y_true: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N,) labels as int64 and (N, K) probabilities as float64."""
     y_true, p = np.asarray(y_true), np.asarray(probabilities, dtype=np.float64)
     if p.ndim == 1:

@@ -37,7 +37,7 @@ def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest,
              "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
     model = "".join(c if c.isalnum() or c in "._-" else "-" for c in settings["model"])
     path = Path(settings["output_dir"]) / manifest.name / f"{model}_{fingerprint(parts)[:8]}"
-    files.check_space(path, 65536 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
+    files.check_space(path, 2**20 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
     return open_run(path, parts=parts, overwrite=settings["overwrite"],
                     auto_resume=not settings["no_auto_resume"],
                     environment={"seed": settings["seed"], "csv_sha256": manifest.sha256,

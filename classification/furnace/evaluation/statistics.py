@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from furnace.data.manifest import GROUP_COLUMNS
-from furnace.evaluation.metrics import NAMES, Metrics, _checked, classification_metrics
+from furnace.evaluation.metrics import NAMES, Metrics, checked_inputs, classification_metrics
 from furnace.evaluation.weighted_metrics import WeightedMetrics
 
 LEVEL = 0.95
@@ -105,13 +105,13 @@ def bootstrap_intervals(y_true: np.ndarray, probabilities: np.ndarray, resamplin
     Returns:
         Interval by the names of NAMES.
     """
-    y_true, p = _checked(y_true, probabilities)
+    y_true, p = checked_inputs(y_true, probabilities)
     metrics = classification_metrics(y_true, p)
     draws = _resampled(y_true, [p], resampling, [metrics])[0]
     intervals = {}
     for name in NAMES:
         value = None if np.isnan(metrics[name]) else metrics[name]
-        reason = metrics.reasons.get(name) or _too_few(draws[name], y_true, resampling)
+        reason = metrics.reasons.get(name) or too_few_draws(draws[name], y_true, resampling)
         if reason:
             intervals[name] = Interval(value, None, None, reason)
             continue
@@ -153,8 +153,8 @@ def paired_differences(y_true: np.ndarray, first: np.ndarray, second: np.ndarray
     Returns:
         Difference by the names of NAMES.
     """
-    y_true, first = _checked(y_true, first)
-    second = _checked(y_true, second)[1]
+    y_true, first = checked_inputs(y_true, first)
+    second = checked_inputs(y_true, second)[1]
     if first.shape != second.shape:
         raise ValueError(f"the models must have the same classes, got {first.shape} and {second.shape}")
     metrics = [classification_metrics(y_true, p) for p in (first, second)]
@@ -166,7 +166,7 @@ def paired_differences(y_true: np.ndarray, first: np.ndarray, second: np.ndarray
         differing = draws[0][name] - draws[1][name]
         reason = metrics[0].reasons.get(name) or metrics[1].reasons.get(name)
         difference = None if reason else values[0] - values[1]
-        reason = reason or _too_few(differing, y_true, resampling)
+        reason = reason or too_few_draws(differing, y_true, resampling)
         if reason:
             differences[name] = Difference(*values, difference, None, None, None, test, reason)
             continue
@@ -186,7 +186,7 @@ def _resampled(y_true: np.ndarray, models: list[np.ndarray], resampling: Resampl
     signed one less the bias, as the docstring of ``bootstrap_intervals`` says."""
     prepared = [WeightedMetrics(y_true, p) for p in models]
     parts: list[list[dict[str, np.ndarray]]] = [[] for _ in models]
-    for weights in _weights(y_true, resampling):
+    for weights in resampling_weights(y_true, resampling):
         for part, of_model in zip(parts, prepared, strict=True):
             part.append(of_model(weights))
     draws = [{name: np.concatenate([values[name] for values in part]) for name in part[0]} for part in parts]
@@ -195,7 +195,7 @@ def _resampled(y_true: np.ndarray, models: list[np.ndarray], resampling: Resampl
     return draws
 
 
-def _weights(y_true: np.ndarray, resampling: Resampling) -> Iterator[np.ndarray]:
+def resampling_weights(y_true: np.ndarray, resampling: Resampling) -> Iterator[np.ndarray]:
     """(r, N) counts of the next r resamples, few enough to fit CHUNK_BYTES as float64."""
     n = len(y_true)
     unit_of = np.arange(n)
@@ -215,7 +215,7 @@ def _weights(y_true: np.ndarray, resampling: Resampling) -> Iterator[np.ndarray]
         yield chunk
 
 
-def _too_few(draws: np.ndarray, y_true: np.ndarray, resampling: Resampling) -> str | None:
+def too_few_draws(draws: np.ndarray, y_true: np.ndarray, resampling: Resampling) -> str | None:
     """Why these draws make no interval."""
     units = len(y_true if resampling.clusters is None else np.unique(resampling.clusters))
     if units < 2:
@@ -277,8 +277,8 @@ def delong(y_true: np.ndarray, first: np.ndarray, second: np.ndarray | None = No
     Raises:
         ValueError: a class is absent.
     """
-    y_true, p = _checked(y_true, first)
-    models = [p] if second is None else [p, _checked(y_true, second)[1]]
+    y_true, p = checked_inputs(y_true, first)
+    models = [p] if second is None else [p, checked_inputs(y_true, second)[1]]
     found = [_influences(y_true, one, how) for one in models]
     values = tuple(value for value, _ in found)
     influence = found[0][1] if second is None else found[0][1] - found[1][1]

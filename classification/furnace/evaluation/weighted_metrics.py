@@ -7,7 +7,7 @@ is computed once; a resample then costs sums, running sums and products.
 import numpy as np
 from scipy import sparse
 
-from furnace.evaluation.metrics import ECE_BINS, NAMES, _checked
+from furnace.evaluation.metrics import ECE_BINS, NAMES, checked_inputs
 
 NEEDS_EVERY_CLASS = ("macro_f1", "auroc", "auroc_ovr", "aupr", "sensitivity")
 
@@ -36,7 +36,7 @@ class WeightedMetrics:
     """
 
     def __init__(self, y_true: np.ndarray, probabilities: np.ndarray) -> None:
-        y_true, p = _checked(y_true, probabilities)
+        y_true, p = checked_inputs(y_true, probabilities)
         self.k = k = p.shape[1]
         self.by_class = np.argsort(y_true, kind="stable")  # images in the order of their classes
         y_true, p = y_true[self.by_class], p[self.by_class]
