@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         device=how.device)
     if settings[1:]:
         outcomes = child_runs(run, settings, lambda child, setting: evaluate_once(
-            child, setting, data, outer, protocol, backbone.provenance, plots=False), overwrite=args.overwrite)
+            child, setting, manifest, data, outer, protocol, backbone.provenance, plots=False),
+            overwrite=args.overwrite)
         results = summarise_runs(run, outcomes)
     else:
-        results = evaluate_once(run, settings[0], data, outer, protocol, backbone.provenance)
+        results = evaluate_once(run, settings[0], manifest, data, outer, protocol, backbone.provenance)
     run.write_log({"images_extracted": extracted, "seconds": round(time.perf_counter() - began, 1)})
     run.write_results(results)
     report_finished(run, results, table, earlier=False)

@@ -147,7 +147,7 @@ def test_lp_reproduce(tmp_path) -> None:
     for name in ("HAM10000", "BCN20000", "Derm7pt", "Dermnet", "HIBA", "MSKCC", "PATCH16"):
         assert f"  demo on {name} (no " in summary
     assert (tmp_path / "out" / "demo_result.csv").read_text().count("\n2000,") == 1
-    assert "percent_data: 0.9" in next((tmp_path / "out").glob("2000/*/args.yaml")).read_text()
+    assert "percent_data:\n- 0.9\n" in next((tmp_path / "out").glob("2000/*/args.yaml")).read_text()
     assert "amp_dtype: fp32" in next((tmp_path / "out").glob("2000/*/args.yaml")).read_text()
 
 

@@ -72,9 +72,27 @@ def test_needed_images(data) -> None:
     assert len(needed_images(data.manifest, [WHOLE], "published")) == len(data.manifest)
 
 
+def test_a_part_is_taken_of_the_whole_train_split(data, tmp_path, monkeypatch) -> None:
+    """With features of the needed images only, the fit sees the images that the published draw takes of all."""
+    setting = {"percent_data": 0.5, "seed": 4}
+    protocol = Protocol(**{**vars(PROTOCOL), "percent_mode": "published"})
+    needed = data.of(needed_images(data.manifest, [setting], "published"))
+    seen = []
+
+    def fit(features, labels, **kwargs):
+        seen.append(features)
+        return fit_linear_probe(features, labels, **kwargs)
+
+    monkeypatch.setattr("furnace.evaluation.linear_evaluation.fit_linear_probe", fit)
+    results = evaluate_once(new_run(tmp_path), setting, data.manifest, needed, None, protocol, ORIGIN, plots=False)
+    wanted = take_percent(data.manifest.split("train"), 0.5, seed=4)
+    np.testing.assert_array_equal(seen[0], data.of(wanted).embeddings)
+    assert len(seen[0]) == 12 == results["setting"]["train_images"]
+
+
 def test_published_probe_is_fitted_on_train_and_calibrated_on_val(data, tmp_path) -> None:
     run = new_run(tmp_path)
-    results = evaluate_once(run, WHOLE, data, None, PROTOCOL, ORIGIN)
+    results = evaluate_once(run, WHOLE, data.manifest, data, None, PROTOCOL, ORIGIN)
     train = data.of(take_percent(data.manifest.split("train"), 1.0, mode="stratified"))
     probe = fit_linear_probe(train.embeddings, train.manifest.labels, nb_classes=3)
     test, val = data.split("test"), data.split("val")
@@ -98,7 +116,7 @@ def test_published_probe_is_fitted_on_train_and_calibrated_on_val(data, tmp_path
 def test_sweep_calibrates_the_probe_that_has_not_seen_val(data, tmp_path) -> None:
     run = new_run(tmp_path)
     protocol = Protocol(**{**vars(PROTOCOL), "probe": "sweep", "monitor": "acc"})
-    results = evaluate_once(run, WHOLE, data, None, protocol, ORIGIN, plots=False)
+    results = evaluate_once(run, WHOLE, data.manifest, data, None, protocol, ORIGIN, plots=False)
     train, val = data.of(take_percent(data.manifest.split("train"), 1.0, mode="stratified")), data.split("val")
     sweep = sweep_linear_probe(train.embeddings, train.manifest.labels, val.embeddings, val.manifest.labels,
                                nb_classes=3, monitor="acc")
@@ -112,7 +130,7 @@ def test_sweep_calibrates_the_probe_that_has_not_seen_val(data, tmp_path) -> Non
 def test_without_val_there_is_no_calibration(data, tmp_path) -> None:
     few = data.of(data.manifest.take(np.flatnonzero((data.manifest.frame["split"] != "val").to_numpy())))
     run = new_run(tmp_path)
-    results = evaluate_once(run, WHOLE, few, None, PROTOCOL, ORIGIN, plots=False)
+    results = evaluate_once(run, WHOLE, data.manifest, few, None, PROTOCOL, ORIGIN, plots=False)
     assert results["splits"]["test"]["calibration"] is None and load_probe(run.path).temperature is None
     assert not (run.path / "val.csv").exists()
 
@@ -120,7 +138,7 @@ def test_without_val_there_is_no_calibration(data, tmp_path) -> None:
 def test_an_external_set_is_told_besides(data, tmp_path) -> None:
     outer = LabelledFeatures(data.manifest.split("test").take(range(7)), data.split("test").embeddings[:7])
     run = new_run(tmp_path)
-    results = evaluate_once(run, WHOLE, data, outer, PROTOCOL, ORIGIN, plots=False)
+    results = evaluate_once(run, WHOLE, data.manifest, data, outer, PROTOCOL, ORIGIN, plots=False)
     assert results["splits"]["external"]["n"] == 7 and len(pd.read_csv(run.path / "external.csv")) == 7
     assert [row.split(",")[0] for row in results["table_rows"]] == ["small", "small->small"]
 
@@ -128,8 +146,8 @@ def test_an_external_set_is_told_besides(data, tmp_path) -> None:
 def test_summary_over_seeds(data, tmp_path) -> None:
     parent = new_run(tmp_path, "parent")
     settings = [{"percent_data": p, "seed": s} for p in (0.25, 1.0) for s in (0, 1, 2)]
-    outcomes = child_runs(parent, settings, lambda run, setting: evaluate_once(run, setting, data, None, PROTOCOL,
-                                                                               ORIGIN, plots=False))
+    outcomes = child_runs(parent, settings, lambda run, setting: evaluate_once(
+        run, setting, data.manifest, data, None, PROTOCOL, ORIGIN, plots=False))
     results = summarise_runs(parent, outcomes)
     table = pd.read_csv(parent.path / "table.csv")
     assert table["percent_data"].tolist() == [0.25] * 3 + [1.0] * 3 and table["seed"].tolist() == [0, 1, 2] * 2

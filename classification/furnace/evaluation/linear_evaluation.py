@@ -95,7 +95,7 @@ def needed_images(manifest: Manifest, settings: list[dict[str, Any]], percent_mo
     return manifest.take(np.flatnonzero(keep.to_numpy()))
 
 
-def evaluate_once(run: RunDirectory, setting: dict[str, Any], data: LabelledFeatures,
+def evaluate_once(run: RunDirectory, setting: dict[str, Any], manifest: Manifest, data: LabelledFeatures,
                   external: LabelledFeatures | None, protocol: Protocol, provenance: Provenance, *,
                   plots: bool = True) -> dict[str, Any]:
     """One probe: fit, test, write predictions, probe and plots into the run directory.
@@ -103,7 +103,8 @@ def evaluate_once(run: RunDirectory, setting: dict[str, Any], data: LabelledFeat
     Args:
         run: the directory.
         setting: percent_data and seed.
-        data: features of train, val and test.
+        manifest: the whole data set, of whose train split a part is taken.
+        data: features of ``needed_images``.
         external: features of an external test set.
         protocol: the rest.
         provenance: the backbone.
@@ -112,8 +113,8 @@ def evaluate_once(run: RunDirectory, setting: dict[str, Any], data: LabelledFeat
     Returns:
         What results.json holds.
     """
-    manifest, seed = data.manifest, setting["seed"]
-    subset = take_percent(manifest_of(data, "train"), setting["percent_data"], mode=protocol.percent_mode, seed=seed)
+    seed = setting["seed"]
+    subset = take_percent(manifest.split("train"), setting["percent_data"], mode=protocol.percent_mode, seed=seed)
     train, val = data.of(subset), data.split("val")
     probe, on_train, chosen = _fit(train, val, protocol, manifest.nb_classes, seed)
     temperature, fitted_on = None, None
@@ -146,11 +147,6 @@ def evaluate_once(run: RunDirectory, setting: dict[str, Any], data: LabelledFeat
             "class_names": list(manifest.class_names), "setting": {**setting, "train_images": len(subset)},
             "probe": {"kind": protocol.probe, "cost": probe.cost, "iterations": probe.iterations, **chosen},
             "table_rows": rows, "splits": splits}
-
-
-def manifest_of(data: LabelledFeatures, split: str) -> Manifest:
-    """A split's manifest without its features."""
-    return data.manifest.split(split)
 
 
 def _fit(train: LabelledFeatures, val: LabelledFeatures, protocol: Protocol, nb_classes: int,
