@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_outputs(args, sheet)
     saved = load_probe(args.probe)
     if args.calibrated and saved.temperature is None:
-        raise UserError(f"--calibrated: the probe in {args.probe} has no temperature, as its data set had no val split")
+        raise UserError(f"--calibrated: the probe in {args.probe} has no temperature: there was no val split, "
+                        "or none could be told from it")
     manifest = read_images(args.input, args.root_path)
     backbone = backbone_of(saved, args.pretrained_checkpoint)
     how = extraction_of(args, amp_dtype=saved.amp_dtype, transform=saved.transform)

@@ -127,4 +127,4 @@ def test_calibration_needs_val(tmp_path, capsys) -> None:
                              "--amp_dtype", "fp32", "--num_workers", "0"]) == 0
     (probe,) = (tmp_path / "out" / "small").iterdir()
     assert run((csv, probe), csv, tmp_path / "p.csv", "--calibrated") == 2
-    assert "had no val split" in capsys.readouterr().err
+    assert "there was no val split" in capsys.readouterr().err

@@ -427,7 +427,7 @@ def test_coverage(n: int, how: dict, boundary: bool) -> None:
     truth = classification_metrics(y, p)
     covered = dict.fromkeys(("bacc", "auroc", "ece"), 0)
     for seed in range(1000):
-        found = bootstrap_intervals(*draw(np.random.default_rng((7, seed)), n, **how),
+        found = bootstrap_intervals(*draw(np.random.default_rng((23, seed)), n, **how),
                                     Resampling(resamples=500, seed=seed))
         for name in covered:
             covered[name] += found[name].low <= truth[name] <= found[name].high

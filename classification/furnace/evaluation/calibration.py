@@ -21,10 +21,10 @@ OPERATING_LEVELS = (0.90, 0.95)
 logger = logging.getLogger(__name__)
 
 
-def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
     """The temperature of ``apply_temperature`` with the least negative log-likelihood on these images.
 
-    Where no temperature can be told, 1.0 is returned (the probabilities stay as they are) with a warning in the log:
+    Where no temperature can be told, it is None, with a warning in the log:
     labels of one class only; the true class the most probable in every image, so that the loss falls down to
     temperature 0; or a model no better than chance, so that it falls up to infinity.
 
@@ -51,9 +51,8 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def _unfitted(why: str) -> float:
-    logger.warning("no temperature fitted: %s; the probabilities stay as they are", why)
-    return 1.0
+def _unfitted(why: str) -> None:
+    logger.warning("no temperature fitted: %s; the probabilities stay uncalibrated", why)
 
 
 def apply_temperature(probabilities: np.ndarray, t: float) -> np.ndarray:

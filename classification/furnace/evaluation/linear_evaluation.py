@@ -122,7 +122,7 @@ def evaluate_once(run: RunDirectory, setting: dict[str, Any], manifest: Manifest
     if len(val.manifest):
         probabilities = on_train.predict_proba(val.embeddings)
         temperature = fit_temperature(probabilities, val.manifest.labels)
-        fitted_on = f"{len(val.manifest)} val images"
+        fitted_on = None if temperature is None else f"{len(val.manifest)} val images"
         run.write_predictions("val", predictions_table(val.manifest.filenames, val.manifest.labels, probabilities))
     rows = []
     for name, part in (("test", data.split("test")), ("external", external)):
