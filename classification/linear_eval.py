@@ -136,7 +136,9 @@ def report_finished(run: RunDirectory, results: dict[str, Any], table: Path, *, 
     for name, split in results.get("splits", {}).items():
         logger.info("%s", metric_lines(split["metrics"], f"{results['data_set']}, {results['model']}: {split['n']} "
                                        f"{name} images, {results['amp_dtype']}; 95 % intervals: {split['resampling']}"))
-    wrote = ", ".join(sorted(path.name for path in run.path.iterdir()))
+    names = sorted(path.name for path in run.path.iterdir())
+    children = [name for name in names if name.startswith("percent_data_")]
+    wrote = ", ".join([name for name in names if name not in children] + [f"{len(children)} runs"] * bool(children))
     logger.info("results in %s (%s); table %s", run.path, wrote, table)
 
 

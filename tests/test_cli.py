@@ -18,7 +18,11 @@ import pandas as pd
 import pytest
 import torch
 
+import evaluate_predictions
+import extract_features
+import knn_eval
 import linear_eval
+import predict
 from helpers import ROOT, draw_images, golden_state, small_set, write_csv
 
 README = (ROOT / "README.md").read_text()
@@ -111,6 +115,40 @@ def test_readme_demo_data(tmp_path) -> None:
                            "64"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH":
                                                                       str(ROOT / "classification")})
     assert done.returncode == 0 and len(pd.read_csv(tmp_path / "d" / "synthetic_lesions.csv")) == 24, done.stderr
+
+
+def words_of(command: str, substitutions: dict[str, str]) -> list[str]:
+    """The options of the README's only command with this beginning, some words replaced."""
+    lines = block_with(command).replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith(command)]
+    words = shlex.split(line.removeprefix(command.split(".py")[0] + ".py"))
+    assert set(substitutions) <= set(words), "the README's command has other words"
+    return [substitutions.get(word, word) for word in words]
+
+
+def test_readme_commands_beside_the_first(tmp_path, monkeypatch) -> None:
+    """Label efficiency, k-NN, prediction, features, comparison: with a small backbone on a small set."""
+    csv = small_set(tmp_path / "data", per_split={"train": 20, "val": 2, "test": 3})
+    small = {"PanDerm_Large_LP": "timm:test_vit", "DATA/HAM_clean.csv": str(csv), "DATA/images": str(csv.parent),
+             "../pretrain_weight/panderm_ll_data6_checkpoint-499.pth": "random"}
+    more = ["--input_size", "160", "--num_workers", "0", "--amp_dtype", "fp32"]
+    monkeypatch.chdir(tmp_path)
+    words = words_of("python3 linear_eval.py --model PanDerm_Large_LP --nb_classes 7", {**small, "7": "3"})
+    assert linear_eval.main([*words, *more, "--percent_mode", "stratified"]) == 0
+    assert len(list(tmp_path.glob("output_dir/small/*/percent_data_*/probe.json"))) == 25
+    assert knn_eval.main(words_of("python3 knn_eval.py", {**small, "7": "3"}) + more) == 0
+    assert len(list(tmp_path.glob("output_dir/small/*/plots/retrieval.png"))) == 1
+    probe = next(tmp_path.glob("output_dir/small/*/percent_data_1.0_seed_0"))
+    assert predict.main(words_of("python3 predict.py --probe output_dir", {
+        "output_dir/2000/PanDerm_Large_LP_<fingerprint>": str(probe), "PHOTOS": str(csv.parent / "images")})
+        + ["--num_workers", "0"]) == 0
+    assert len(pd.read_csv("predictions.csv")) == 75 and Path("predictions.png").exists()
+    assert extract_features.main(words_of("python3 extract_features.py", small) + more) == 0
+    assert np.load("features.npz")["embeddings"].shape == (75, 64)
+    assert {"features_pca.png", "features.csv", "features_attention"} <= {p.name for p in tmp_path.iterdir()}
+    names = [shutil.copy(probe / "test.csv", tmp_path / f"{name}.csv") for name in ("PanDerm", "DINOv3", "CLIP")]
+    assert len(names) == 3 and evaluate_predictions.main(words_of("python3 evaluate_predictions.py", {})) == 0
+    assert "DINOv3" in Path("comparison/table.md").read_text()
 
 
 def test_quickstart(tmp_path) -> None:
@@ -414,7 +452,8 @@ def test_two_processes_give_one_processs_numbers(tmp_path) -> None:
                            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
                            ROOT / "classification" / "linear_eval.py", "--model", "demo", "--csv_path", csv,
                            "--nb_classes", "3", "--output_dir", tmp_path / "two", "--amp_dtype", "fp32", "--device",
-                           "cpu", "--cache_dir", tmp_path / "cache"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "cpu", "--cache_dir", tmp_path / "cache"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (pd.read_csv(next((tmp_path / n).glob("*/*/test.csv"))) for n in ("one", "two"))
     pd.testing.assert_frame_equal(one, two, atol=1e-3)  # other batches, other last bits; the fit magnifies them

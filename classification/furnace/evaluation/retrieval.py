@@ -12,7 +12,7 @@ from tqdm import tqdm
 from furnace.data.manifest import Manifest
 from furnace.evaluation.knn import Groups, blocks, check_features, compute_device, nearest_neighbours, same_group
 from furnace.evaluation.sheets import RIGHT, WRONG, Tile, image_sheet
-from furnace.evaluation.statistics import too_few_draws, resampling_weights, resampling_for
+from furnace.evaluation.statistics import resampling_for, resampling_weights, too_few_draws
 
 NAMES = ("recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "ndcg_at_10")
 RANKS, DEPTH = (1, 5, 10), 10
@@ -78,7 +78,8 @@ def mean_scores(scores: dict[str, np.ndarray], frame: pd.DataFrame, *, stratify:
     metrics = {}
     for name, score in scores.items():
         values = score[kept]
-        means = np.concatenate([counts @ values / counts.sum(axis=1) for counts in resampling_weights(labels, resampling)])
+        draws = resampling_weights(labels, resampling)
+        means = np.concatenate([counts @ values / counts.sum(axis=1) for counts in draws])
         reason = too_few_draws(means, labels, resampling)
         low, high = (None, None) if reason else map(float, np.percentile(means, [2.5, 97.5]))
         metrics[name] = {"value": float(values.mean()), "low": low, "high": high, "reason": reason}
