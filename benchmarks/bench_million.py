@@ -49,7 +49,7 @@ def main() -> None:
     labels = np.random.default_rng(2).integers(0, CLASSES, args.rows)
     keys = keys_of(args.rows)
     cache = FeatureCache(args.folder, {"model": f"random_{args.rows}_{args.width}"})
-    if not cache.exists():
+    if cache.count(keys) < args.rows:
         for first in range(0, args.rows, CHUNK):
             part = slice(first, min(first + CHUNK, args.rows))
             cache.write(keys[part], draw(part.stop - first, args.width, first, labels[part]))

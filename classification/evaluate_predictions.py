@@ -9,6 +9,7 @@ file is compared with the first on the same images.
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["files"][one.name] = {**entry, **results["files"][one.name]}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                 if key in ("csv_path", "group_column", "aggregate", "bootstrap", "resamples", "seed")}
+    clear_plots(args.output_dir)
     files.write_json(args.output_dir / RESULTS, {"task": TASK, "settings": settings, "class_names": list(class_names),
                                                  **results})
     table = comparison_table(results)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files.write_table(args.output_dir / TABLE, table)
     files.write_text(args.output_dir / MARKDOWN, markdown_table(cells))
     for one in sets:
-        draw_classification_plots(args.output_dir / PLOTS / folder_name(one.name), one.labels, one.probabilities,
+        draw_classification_plots(args.output_dir / PLOTS / files.folder_name(one.name), one.labels, one.probabilities,
                                   class_names)
     logger.info("%s", text_table(cells))
     unit = "lesions" if args.aggregate else "images"
@@ -68,16 +70,11 @@ def names_of(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:
     names = [name.strip() for name in given] if given else default_names(paths)
     if len(names) != len(paths):
         raise UserError(f"--names gives {len(names)} names for {len(paths)} predictions: give one for each, in order")
-    folders = [folder_name(name).lower() for name in names]
+    folders = [files.folder_name(name).lower() for name in names]
     if len(set(folders)) < len(folders) or any(not folder.strip(".") for folder in folders):
         raise UserError(f"the names {', '.join(map(repr, names))} are empty or too alike for folders of plots: give "
                         "others by --names")
     return names
-
-
-def folder_name(name: str) -> str:
-    """A name as that of a folder."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:100]
 
 
 def refuse_output(folder: Path, *, inputs: Sequence[Path | None], overwrite: bool) -> None:
@@ -100,6 +97,13 @@ def refuse_output(folder: Path, *, inputs: Sequence[Path | None], overwrite: boo
     if not overwrite:
         raise OutputError(f"{folder} holds the results of an earlier evaluation: choose another --output_dir, or add "
                           "--overwrite to replace them")
+
+
+def clear_plots(folder: Path) -> None:
+    """Remove the plots of the evaluation that is being replaced."""
+    if (folder / RESULTS).exists():
+        for name in json.loads((folder / RESULTS).read_text(encoding="utf-8"))["files"]:
+            shutil.rmtree(folder / PLOTS / files.folder_name(name), ignore_errors=True)
 
 
 def prepare(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Predictions], Resampling]:

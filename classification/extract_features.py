@@ -26,7 +26,7 @@ from furnace.evaluation.features import Extraction, backbone_features, settle_am
 from furnace.evaluation.plots import plot_scatter
 from furnace.models import Provenance, create_backbone
 from furnace.runtime import distributed, files
-from furnace.runtime.files import OutputError, UserError
+from furnace.runtime.files import UserError
 
 
 @entry_point
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Extract; returns the exit code."""
     args = parse(extract_features_parser(), argv)
     outputs = name_outputs(args)
-    distributed.on_main(lambda: refuse_outputs(outputs, args.input, overwrite=args.overwrite))
+    distributed.on_main(lambda: files.refuse_outputs(outputs.values(), [args.input], overwrite=args.overwrite))
     manifest = read_images(args.input, args.root_path,
                            report_folder=args.output.parent if distributed.is_main() else None)
     table = image_table(manifest)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     how = extraction_of(args)
     how = replace(how, amp_dtype=distributed.on_main(
-        lambda: settle_amp_dtype(args.amp_dtype, backbone.to(how.device), how)))
+        lambda: settle_amp_dtype(args.amp_dtype, backbone.to(how.device), manifest, how)))
     features = backbone_features(backbone, manifest, how)
     if features is None:
         return 0
@@ -75,19 +75,6 @@ def name_outputs(args: argparse.Namespace) -> dict[str, Path]:
     if args.attention:
         beside["attention"] = args.output.with_name(f"{args.output.stem}_attention")
     return beside
-
-
-def refuse_outputs(outputs: dict[str, Path], source: Path, *, overwrite: bool) -> None:
-    """No output may be the input, lie in the input folder, or (without --overwrite) be there already."""
-    for path in outputs.values():
-        if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-            raise OutputError(f"{path} would be written into the input folder {source}: choose an --output elsewhere")
-        if path.exists() and source.exists() and path.samefile(source):
-            raise OutputError(f"{path} is the input; nothing was written: choose another --output")
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path} is there already: choose another --output, or --overwrite")
-        if path.is_dir() != (path == outputs.get("attention")) and path.exists():
-            raise OutputError(f"{path} is a {'folder' if path.is_dir() else 'file'}: choose another --output")
 
 
 def check_pictures(args: argparse.Namespace, table: pd.DataFrame) -> None:

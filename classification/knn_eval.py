@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     began = time.perf_counter()
-    how = distributed.on_main(lambda: settle_precision(vars(args), run, backbone, how))
     train, val, test = (manifest.split(name) for name in ("train", "val", "test"))
     images = train.join(val).join(test) if args.gallery == "train_val" else train.join(test)
+    how = distributed.on_main(lambda: settle_precision(vars(args), run, backbone, images, how))
     features = backbone_features(backbone, images, how)
     if features is None:
         return 0
@@ -80,7 +80,7 @@ def report_finished(run: RunDirectory, results: dict[str, Any]) -> None:
     """Print a run's numbers and name its files."""
     if distributed.is_main():
         logger.info("%s", result_lines(results))
-        logger.info("results in %s (test.csv, results.json, table.csv, plots, args.yaml, env.json, log.txt)", run.path)
+        logger.info("results in %s (%s)", run.path, ", ".join(sorted(path.name for path in run.path.iterdir())))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from furnace.evaluation.linear_evaluation import (
     TASK,
     LabelledFeatures,
     Protocol,
+    draw_subsets,
     evaluate_once,
     needed_images,
     summarise_runs,
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files.check_table(table, TABLE_HEADER)
     manifest, external = read_data(args)
     settings = [{"percent_data": percent, "seed": seed} for percent in args.percent_data for seed in args.seeds]
-    needed = needed_images(manifest, settings, args.percent_mode)
+    subsets = draw_subsets(manifest, settings, args.percent_mode)
+    needed = needed_images(manifest, subsets)
     how = extraction_of(args)
     backbone = create_backbone(args.model, args.pretrained_checkpoint, input_size=args.input_size, seed=args.seed)
     outside = {"external": external and f"{external.sha256} {external.images_digest}"}
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     began = time.perf_counter()
-    how = distributed.on_main(lambda: settle_precision(vars(args), run, backbone, how))
+    how = distributed.on_main(lambda: settle_precision(vars(args), run, backbone, needed, how))
     features = backbone_features(backbone, needed, how)
     elsewhere = None if external is None else backbone_features(backbone, external, how)
     if features is None:
@@ -67,17 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     extracted = features.extracted + (elsewhere.extracted if elsewhere else 0)
     data = LabelledFeatures(needed, features.embeddings)
     outer = None if elsewhere is None else LabelledFeatures(external, elsewhere.embeddings)
-    protocol = Protocol(probe=args.probe, monitor=args.monitor, percent_mode=args.percent_mode,
-                        stratify=args.bootstrap == "stratified", resamples=args.resamples, amp_dtype=how.amp_dtype,
-                        transform=args.transform, checkpoint=args.pretrained_checkpoint, model_seed=args.seed,
-                        device=how.device)
+    protocol = Protocol(probe=args.probe, monitor=args.monitor, stratify=args.bootstrap == "stratified",
+                        resamples=args.resamples, amp_dtype=how.amp_dtype, transform=args.transform,
+                        checkpoint=args.pretrained_checkpoint, model_seed=args.seed, device=how.device)
     if settings[1:]:
         outcomes = child_runs(run, settings, lambda child, setting: evaluate_once(
-            child, setting, manifest, data, outer, protocol, backbone.provenance, plots=False),
+            child, setting, subsets[settings.index(setting)], data, outer, protocol, backbone.provenance, plots=False),
             overwrite=args.overwrite)
         results = summarise_runs(run, outcomes)
     else:
-        results = evaluate_once(run, settings[0], manifest, data, outer, protocol, backbone.provenance)
+        results = evaluate_once(run, settings[0], subsets[0], data, outer, protocol, backbone.provenance)
     run.write_log({"images_extracted": extracted, "seconds": round(time.perf_counter() - began, 1)})
     run.write_results(results)
     report_finished(run, results, table, earlier=False)
@@ -105,7 +106,10 @@ def read_data(args: argparse.Namespace) -> tuple[Manifest, Manifest | None]:
     external = read_external(args.test_csv, args.test_root, class_names=manifest.class_names,
                              nb_classes=manifest.nb_classes, label_column=manifest.label_column,
                              strict_split=args.strict_split, report_folder=folder)
-    warn_of_shared_images(manifest.split("train"), external, strict_split=args.strict_split)
+    seen = manifest.split("train")
+    if args.probe == "sweep":  # its final fit has val, too
+        seen = seen.join(manifest.split("val"))
+    warn_of_shared_images(seen, external, strict_split=args.strict_split, report_folder=folder)
     return manifest, external
 
 

@@ -6,7 +6,6 @@ RUN_DIR is a run directory of linear_eval.py. The same backbone, transform and p
 image gets the very probabilities that linear_eval.py wrote for it. A contact sheet is drawn beside the CSV.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import nn
 
 from furnace.arguments import extraction_of, predict_parser
 from furnace.command_line import entry_point, logger, parse
-from furnace.data.manifest import Manifest
 from furnace.data.unlabelled import read_images
 from furnace.evaluation.calibration import apply_temperature
 from furnace.evaluation.features import backbone_features
@@ -25,7 +23,7 @@ from furnace.evaluation.report import predictions_table
 from furnace.evaluation.saved_probe import SavedProbe, load_probe
 from furnace.evaluation.sheets import Tile, image_sheet
 from furnace.models import create_backbone
-from furnace.runtime import files
+from furnace.runtime import distributed, files
 from furnace.runtime.files import UserError
 
 COLUMNS = 6  # of the contact sheet
@@ -36,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Predict; returns the exit code."""
     args = parse(predict_parser(), argv)
     sheet = args.output.with_suffix(".png")
-    refuse_outputs(args, sheet)
+    if args.output.suffix.lower() != ".csv":
+        raise UserError(f"--output {args.output} must end in .csv")
+    outputs = [args.output, sheet] if args.sheet else [args.output]
+    distributed.on_main(lambda: files.refuse_outputs(outputs, [args.input, args.probe], overwrite=args.overwrite))
     saved = load_probe(args.probe)
     if args.calibrated and saved.temperature is None:
         raise UserError(f"--calibrated: the probe in {args.probe} has no temperature: there was no val split, "
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     probabilities = saved.probe.predict_proba(features.embeddings)
     if args.calibrated:
         probabilities = apply_temperature(probabilities, saved.temperature)
-    files.write_table(args.output, as_table(manifest, probabilities, saved.class_names))
+    files.write_table(args.output, as_table(manifest.filenames, probabilities, saved.class_names))
     wrote = [str(args.output)]
     if args.sheet:
         tiles = [Tile(manifest.path_of(i), caption(manifest.filenames[i], probabilities[i], saved.class_names))
@@ -63,17 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                           zip(saved.class_names, counts, strict=True) if count))
     logger.info("%s probabilities in %s", "calibrated" if args.calibrated else "uncalibrated", " and ".join(wrote))
     return 0
-
-
-def refuse_outputs(args: argparse.Namespace, sheet: Path) -> None:
-    """Outputs must be a CSV and a PNG that are neither there nor the input."""
-    if args.output.suffix.lower() != ".csv":
-        raise UserError(f"--output {args.output} must end in .csv")
-    for path in (args.output, sheet if args.sheet else args.output):
-        if path.exists() and args.input.exists() and path.samefile(args.input):
-            raise UserError(f"--output would write over the input {path}: choose another name")
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists: choose another --output, or add --overwrite")
 
 
 def backbone_of(saved: SavedProbe, checkpoint: str | None) -> nn.Module:
@@ -90,11 +80,9 @@ def backbone_of(saved: SavedProbe, checkpoint: str | None) -> nn.Module:
     return backbone
 
 
-def as_table(manifest: Manifest, probabilities: np.ndarray, class_names: Sequence[str]) -> pd.DataFrame:
-    """The columns of a run's test.csv with the class's name; true_label only where every image has one."""
-    table = predictions_table(manifest.filenames, manifest.labels, probabilities)
-    if (manifest.labels < 0).any():
-        table = table.drop(columns="true_label")
+def as_table(filenames: list[str], probabilities: np.ndarray, class_names: Sequence[str]) -> pd.DataFrame:
+    """The columns of a run's test.csv with the class's name and without true_label: labels are never read here."""
+    table = predictions_table(filenames, np.zeros(len(filenames), int), probabilities).drop(columns="true_label")
     table.insert(table.columns.get_loc("predicted_label") + 1, "predicted_class",
                  [class_names[k] for k in table["predicted_label"]])
     return table

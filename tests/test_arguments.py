@@ -110,3 +110,11 @@ def test_entry_point_turns_user_errors_into_exit_code_2(capsys) -> None:
     assert stopped([]) == 130
     with pytest.raises(KeyError):
         bug([])
+
+
+@pytest.mark.parametrize("option", ["--cache_dir", "--output_dir", "--csv_path"])
+def test_an_empty_path_is_refused(option: str, capsys) -> None:
+    """It would be the current folder."""
+    with pytest.raises(SystemExit) as ended:
+        parse(linear_eval_parser(), [*NEEDED, option, " "])
+    assert ended.value.code == 2 and "the path is empty" in capsys.readouterr().err

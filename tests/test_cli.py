@@ -338,7 +338,7 @@ def test_label_efficiency_extracts_once(tmp_path, caplog) -> None:
     (folder,) = (out / "small").iterdir()
     children = [f"percent_data_{p}_seed_{s}" for p in (0.25, 0.5, 1.0) for s in (0, 1)]
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        ["args.yaml", "env.json", "log.txt", *children, "plots", "results.json", "table.csv"])
+        ["args.yaml", "env.json", "log.txt", *children, "plots", "results.json", "summary.csv", "table.csv"])
     assert sorted(p.name for p in (folder / children[0]).iterdir()) == [
         "env.json", "probe.json", "probe.safetensors", "results.json", "test.csv", "val.csv"]
     lines = pd.read_csv(folder / "table.csv")
@@ -364,6 +364,21 @@ def test_only_the_needed_images_are_decoded(tmp_path) -> None:
     csv = small_set(tmp_path / "data", per_split={"train": 8, "val": 0, "test": 2})
     assert run(csv, tmp_path / "out", "--percent_data", "0.25", "--no_cache") == 0
     assert extracted(tmp_path / "out") == [6 + 6]
+
+
+def test_interrupted_overwrite_keeps_no_old_child(tmp_path, monkeypatch) -> None:
+    """All children of the former run are put away before the first is made again."""
+    csv = small_set(tmp_path / "data", per_split={"train": 6, "val": 0, "test": 2})
+    more = ["--percent_data", "0.5", "1.0", "--percent_mode", "stratified"]
+    assert run(csv, tmp_path / "out", *more) == 0
+    fit = linear_eval.evaluate_once
+    monkeypatch.setattr(linear_eval, "evaluate_once", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(csv, tmp_path / "out", *more, "--overwrite") == 130
+    made = []
+    monkeypatch.setattr(linear_eval, "evaluate_once", lambda child, *args, **kwargs: (
+        made.append(child.path.name), fit(child, *args, **kwargs))[1])
+    assert run(csv, tmp_path / "out", *more) == 0
+    assert made == ["percent_data_0.5_seed_0", "percent_data_1.0_seed_0"]
 
 
 def test_interrupted_list_goes_on(tmp_path, monkeypatch) -> None:
@@ -442,6 +457,12 @@ def test_external_mistakes(tmp_path, capsys, caplog) -> None:
     train_again.to_csv(csv.with_name("again.csv"), index=False)
     assert run(csv, tmp_path / "out", "--test_csv", str(csv.with_name("again.csv"))) == 0
     assert "12 x image also in train" in caplog.text
+    val_again = pd.read_csv(csv).query("split == 'val'").assign(split="test")
+    val_again.to_csv(csv.with_name("again.csv"), index=False)
+    for probe, code in (("published", 0), ("sweep", 2)):  # the sweep is refitted on train and val
+        assert run(csv, tmp_path / "out", "--test_csv", str(csv.with_name("again.csv")), "--probe", probe,
+                   "--strict_split") == code
+    assert "3 x image also in train" in capsys.readouterr().err
 
 
 def test_two_processes_give_one_processs_numbers(tmp_path) -> None:

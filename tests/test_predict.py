@@ -40,7 +40,8 @@ def test_the_probabilities_that_linear_eval_wrote(case, tmp_path, cache: list[st
     assert run(case, case[0], tmp_path / "p.csv", "--batch_size", batch, *cache) == 0
     stored = pd.read_csv(case[1] / "test.csv", dtype=str).set_index("filename")
     found = pd.read_csv(tmp_path / "p.csv", dtype=str).set_index("filename").loc[stored.index]
-    for column in stored:
+    assert "true_label" not in found, "the CSV's labels may be of other classes"
+    for column in stored.columns.drop("true_label"):
         assert (found[column] == stored[column]).all(), column
     assert len(pd.read_csv(tmp_path / "p.csv")) == 39
 
@@ -110,7 +111,11 @@ def test_mistakes(case, tmp_path, capsys) -> None:
         ([str(empty), "--probe", str(probe), "--output", str(out)], "no image"),
         ([str(broken.parent), "--probe", str(probe), "--output", str(out)], "cannot be decoded"),
         ([str(csv), "--probe", str(probe), "--output", str(tmp_path / "p.xlsx")], "must end in .csv"),
-        ([str(csv), "--probe", str(probe), "--output", str(csv)], "over the input"),
+        ([str(csv), "--probe", str(probe), "--output", str(csv)], "is the input"),
+        ([str(csv.parent / "images"), "--probe", str(probe), "--output", str(csv.parent / "images" / "p.csv")],
+         "into the input folder"),
+        ([str(csv), "--probe", str(probe), "--output", str(probe / "test.csv"), "--overwrite"],
+         "into the input folder"),
     ):
         assert predict.main(words) == 2
         assert message in capsys.readouterr().err

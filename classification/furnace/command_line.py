@@ -34,6 +34,8 @@ def optional_path(text: str) -> Path | None:
 
 def clean_path(text: str) -> Path:
     """A path without the blanks that copied commands carry around."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(text.strip()).expanduser()
 
 

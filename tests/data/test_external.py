@@ -79,6 +79,8 @@ def test_binary_label(root: Path) -> None:
     manifest = read(root, class_names=("0", "1"), label_column="binary_label", **both)
     assert manifest.labels.tolist() == [0, 1, 1, 0]
     assert manifest.frame["multiclass_label"].tolist() == ["5", "6", "7", "8"]
+    also = read(root, class_names=("0", "1"), label_column="label", **both)
+    assert also.labels.tolist() == [0, 1, 1, 0], "binary_label counts, whichever column train had"
     for column, other in (("label", "binary_label"), ("binary_label", "label")):
         manifest = read(root, class_names=("0", "1"), label_column=column, **{other: [0, 1, 1, 0]})
         assert manifest.labels.tolist() == [0, 1, 1, 0] and manifest.label_column == other

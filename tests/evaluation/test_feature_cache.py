@@ -50,13 +50,13 @@ def chunks(cache: FeatureCache) -> list[Path]:
 
 
 def test_what_was_written_is_read_back(cache: FeatureCache) -> None:
-    assert not cache.exists() and not cache.folder.exists()
+    assert cache.count(KEYS) == 0 and not cache.folder.exists()
     cache.write(KEYS[:2], ROWS[:2])
     cache.write(KEYS[3:], ROWS[3:])
     found, known = cache.load(KEYS[::-1], 7)
     assert known.tolist() == [True, True, False, True, True]
     np.testing.assert_array_equal(found[known], ROWS[::-1][known])
-    assert cache.exists() and len(chunks(cache)) == 2
+    assert cache.count(KEYS) == 4 and cache.count(KEYS[1:3]) == 1 and len(chunks(cache)) == 2
     cache.write(KEYS[:2], ROWS[:2])  # the same content has the same name
     assert len(chunks(cache)) == 2
 
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog) -> None:
     cache = FeatureCache(tmp_path / "file", {"model": "m"})
     cache.write(KEYS, ROWS)
     assert "cannot write" in caplog.text and "--no_cache" in caplog.text
-    assert not cache.load(KEYS, 7)[1].any() and not cache.exists()
+    assert not cache.load(KEYS, 7)[1].any() and cache.count(KEYS) == 0
 
 
 def test_temporary_files_of_killed_processes_go_after_a_day(cache: FeatureCache) -> None:
@@ -210,12 +210,17 @@ def test_every_way_of_making_features_has_its_own_folder(manifest, backbone, tmp
 
 
 def test_auto_precision_follows_the_cache(manifest, backbone, tmp_path, monkeypatch) -> None:
+    """Only where more than half of these images are cached; an explicit precision is taken as it is."""
     how = Extraction(device=torch.device("cpu"), batch_size=4, num_workers=0, amp_dtype="auto", cache_dir=tmp_path)
     monkeypatch.setattr("furnace.evaluation.features.resolve_amp_dtype", lambda requested, *_: f"timed {requested}")
-    assert settle_amp_dtype("auto", backbone, how) == "timed auto"
-    backbone_features(backbone, manifest.take([0]), Extraction(**{**vars(how), "amp_dtype": "fp32"}))
-    assert settle_amp_dtype("auto", backbone, how) == "fp32"
-    assert settle_amp_dtype("bf16", backbone, how) == "timed bf16"
+    assert settle_amp_dtype("auto", backbone, manifest, how) == "timed auto"
+    fp32 = Extraction(**{**vars(how), "amp_dtype": "fp32"})
+    backbone_features(backbone, manifest.take(range(10)), fp32)
+    assert settle_amp_dtype("auto", backbone, manifest, how) == "timed auto"
+    assert settle_amp_dtype("auto", backbone, manifest.take(range(12)), how) == "fp32"
+    backbone_features(backbone, manifest, Extraction(**{**vars(how), "amp_dtype": "bf16"}))
+    assert settle_amp_dtype("auto", backbone, manifest, how) == "bf16"
+    assert settle_amp_dtype("fp32", backbone, manifest, how) == "timed fp32"
 
 
 def test_a_changed_image_is_extracted_again(tmp_path, backbone) -> None:

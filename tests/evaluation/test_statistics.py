@@ -455,3 +455,10 @@ def test_equal_models_are_told_apart_in_5_percent(clustered: bool) -> None:
             rejected[name] = rejected.get(name, 0) + (found[name].p_value < 0.05)
     for count in rejected.values():  # compatible with 5 %, at a level that holds for all eight together
         assert binomtest(count, sets, 0.05).pvalue > 0.001, rejected
+
+
+def test_patients_of_one_image_do_not_hide_lesions() -> None:
+    """A patient per image says nothing of clusters; the lesions below do."""
+    frame = pd.DataFrame({"patient_id": ["P1", None, None, None], "lesion_id": ["L1", "L1", "L2", "L2"]})
+    found = resampling_for(frame)
+    assert found.unit == "lesion" and found.clusters.tolist() == [0, 0, 1, 1]

@@ -28,15 +28,15 @@ def read_csv_bytes(csv_path: Path, what: str = "--csv_path") -> bytes:
     return csv_path.read_bytes()
 
 
-def image_folder(root_path: str | Path | None, csv_path: Path) -> Path:
-    """The folder that a CSV's images are relative to: ``root_path``, else the CSV's own.
+def image_folder(root_path: str | Path | None, csv_path: Path, what: str = "--root_path") -> Path:
+    """The folder that a CSV's images are relative to: ``root_path``, else the CSV's own; ``what`` names its option.
 
     Raises:
         UserError: it is no folder.
     """
     root = Path(root_path).expanduser() if root_path else csv_path.parent
     if not root.is_dir():
-        raise UserError(f"--root_path {root} is not a folder: it must hold the images that the CSV names")
+        raise UserError(f"{what} {root} is not a folder: it must hold the images that the CSV names")
     return root
 
 

@@ -45,7 +45,7 @@ def read_external(csv_path: str | Path, root_path: str | Path | None = None, *, 
     """
     csv_path = Path(csv_path).expanduser()
     content = read_csv_bytes(csv_path, "the external test set")
-    root = image_folder(root_path, csv_path)
+    root = image_folder(root_path, csv_path, "--test_root")
     problems: list[Problem] = []
     frame = _test_rows(parse_csv(content, csv_path, problems), csv_path, problems)
     if "image" not in frame:
@@ -118,11 +118,10 @@ def _labels(frame: pd.DataFrame, class_names: tuple[str, ...], nb_classes: int, 
         ignored = f"; the numbers in {' and '.join(numbers)} are not read" if numbers else ""
         logger.info("labels of the external test set: by the names in the column class_name%s", ignored)
         return _labels_by_name(frame, class_names, label_column, problems), "class_name"
-    if label_column in frame:
+    if nb_classes == 2 and numbers:
+        column = numbers[-1]  # binary_label where both are there, as in read_manifest
+    elif label_column in frame:
         column = label_column
-    elif nb_classes == 2 and numbers:
-        column = numbers[0]
-        logger.info("the external test set has no %s column: taking %s as the two classes", label_column, column)
     else:
         remedy = f"add a column with the {nb_classes} classes of the training set, from 0"
         if class_names != numbered(nb_classes):

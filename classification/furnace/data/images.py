@@ -20,7 +20,8 @@ from furnace.data.problems import ROW, Problem
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
                  Image.DecompressionBombError)
 PIECE = 32768  # bytes at either end of a file that its content id reads
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".tif", ".bmp", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jpe", ".jfif", ".jp2", ".avif",
+              ".ppm", ".pgm", ".tga")
 
 
 def load_rgb(path: str | Path) -> Image.Image:
@@ -120,7 +121,8 @@ def _look(root: Path, name: str | None) -> tuple[int | None, str, str, str]:
     except ValueError:
         return None, "the name holds a NUL byte", "correct the name", ""
     except OSError:
-        other = next((name + end for end in EXTENSIONS if os.path.exists(f"{path}{end}")), None)
+        ends = [end for lower in EXTENSIONS for end in (lower, lower.upper())]
+        other = next((name + end for end in ends if os.path.exists(f"{path}{end}")), None)
         return None, f"{path} does not exist", f"write {other}" if other else "correct the name or --root_path", ""
     if size == 0:
         return 0, "the file has 0 bytes", "copy or download it again", ""

@@ -9,15 +9,13 @@ import numpy as np
 import pandas as pd
 
 from furnace.data.csv_table import image_folder, missing_column, parse_csv, read_csv_bytes
-from furnace.data.images import check_files
+from furnace.data.images import EXTENSIONS, check_files
 from furnace.data.manifest import GROUP_COLUMNS, Manifest
 from furnace.data.problems import ROW, ManifestError, Problem, report
 from furnace.runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".avif",
-                    ".ppm", ".pgm", ".tga"}
 IMAGE_COLUMNS = ("image", "filename", "image_path")  # the first that a CSV has
 LABEL_COLUMNS = ("label", "binary_label")
 LABEL_TEXT = "label_text"  # where a label column goes that holds no class numbers
@@ -56,7 +54,7 @@ def read_images(source: str | Path, root: str | Path | None = None, *,
     frame = pd.DataFrame({"image": pd.Series(_encodable(names, problems), dtype=object)})
     frame["label"], frame["split"], frame[ROW] = -1, "", range(1, len(frame) + 1)
     digest, _ = check_files(frame, folder, problems)
-    if not source.is_dir() and source.suffix.lower() not in IMAGE_EXTENSIONS and problems:
+    if not source.is_dir() and source.suffix.lower() not in EXTENSIONS and problems:
         raise ManifestError(f"{source} is neither an image that Pillow can read, nor a .csv, nor a folder", problems)
     report(problems, csv_path=source, folder=report_folder)
     name = source.stem if source.is_file() else folder.resolve().name or "images"
@@ -134,13 +132,13 @@ def _image_names(folder: Path, problems: list[Problem]) -> list[str]:
         for name in found:
             if name.startswith("."):
                 continue
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+            if os.path.splitext(name)[1].lower() in EXTENSIONS:
                 names.append(os.path.relpath(os.path.join(here, name), folder))
             else:
                 others += 1
     if not names and not problems:
         raise UserError(f"{folder} holds no image ({others} other files); images are told by their extension: "
-                        f"{', '.join(sorted(IMAGE_EXTENSIONS))}")
+                        f"{', '.join(sorted(EXTENSIONS))}")
     logger.info("%s: %d images%s", folder, len(names), f", {others} other files left out" if others else "")
     return sorted(names)
 

@@ -71,13 +71,18 @@ class FeatureCache:
         """
         self.identity = {"cache_version": VERSION, **identity}
         text = json.dumps(self.identity, sort_keys=True)
-        model = "".join(c if c.isalnum() or c in "._-" else "-" for c in str(identity["model"]))[:80]
+        model = files.folder_name(str(identity["model"]))
         self.folder = Path(root).expanduser() / f"{model}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._full = False
 
-    def exists(self) -> bool:
-        """Whether any features are kept here."""
-        return any(True for _ in self._chunks())
+    def count(self, keys: np.ndarray) -> int:
+        """How many of these images are known, by the chunks' lists alone."""
+        wanted, known = {key.tobytes() for key in keys}, set()
+        for path in self._chunks():
+            with contextlib.suppress(OSError, safetensors.SafetensorError):  # load tells of damaged ones
+                with safetensors.safe_open(path, framework="numpy") as file:
+                    known |= wanted & {key.tobytes() for key in file.get_tensor("keys")}
+        return len(known)
 
     def load(self, keys: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """What is known of these images.

@@ -71,20 +71,22 @@ class Extraction:
         return FeatureCache(self.cache_dir, {
             "model": made.name, "weights_sha256": made.sha256, "data_config": made.data_config,
             "transform": self.transform, "amp_dtype": amp_dtype or self.amp_dtype, "device": self.device.type,
-            "compile": self.compile, **{name: metadata.version(name) for name in ("torch", "timm", "Pillow")}})
+            "compile": self.compile, **{name: metadata.version(name) for name in (
+                "torch", "timm", "Pillow", *["torchvision"] * (self.transform == "fast"))}})
 
 
-def settle_amp_dtype(requested: str, backbone: torch.nn.Module, how: Extraction) -> str:
-    """Turn ``auto`` into bf16 or fp32: the one that cached features have, else by a short timing.
+def settle_amp_dtype(requested: str, backbone: torch.nn.Module, manifest: Manifest, how: Extraction) -> str:
+    """Turn ``auto`` into bf16 or fp32: the one in which most of these images are cached, else by a short timing.
 
     A timing can fall out either way from one run to the next; a second run must not extract again for that.
     """
-    if requested == "auto":
-        for amp_dtype in ("bf16", "fp32"):
-            cache = how.cache(backbone, amp_dtype)
-            if cache is not None and cache.exists():
-                logger.info("precision: %s, as the cached features in %s", amp_dtype, cache.folder)
-                return amp_dtype
+    if requested == "auto" and how.cache_dir is not None:
+        keys = image_keys(manifest)
+        known = {amp_dtype: how.cache(backbone, amp_dtype).count(keys) for amp_dtype in ("bf16", "fp32")}
+        best = max(known, key=known.get)
+        if 2 * known[best] > len(manifest):
+            logger.info("precision: %s, in which %d of the %d images are cached", best, known[best], len(manifest))
+            return best
     return resolve_amp_dtype(requested, backbone, how.device, backbone.provenance.data_config["input_size"][-1])
 
 

@@ -16,7 +16,7 @@ from furnace.data.manifest import ROW, Manifest
 from furnace.data.splits import take_percent
 from furnace.evaluation.calibration import apply_temperature, fit_temperature
 from furnace.evaluation.linear_probe import LinearProbe, fit_linear_probe
-from furnace.evaluation.metrics import classification_metrics
+from furnace.evaluation.metrics import NAMES, classification_metrics
 from furnace.evaluation.plots import draw_classification_plots, plot_label_efficiency
 from furnace.evaluation.probe_sweep import sweep_linear_probe
 from furnace.evaluation.report import predictions_table, score_split, table_row
@@ -24,12 +24,13 @@ from furnace.evaluation.saved_probe import save_probe
 from furnace.evaluation.statistics import resampling_for
 from furnace.models import Provenance
 from furnace.runtime import files
+from furnace.runtime.files import UserError
 from furnace.runtime.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
 TASK = "linear_probe"
-SUMMARISED = ("bacc", "auroc", "weighted_f1", "acc", "aupr", "ece")
+PRINTED = ("bacc", "auroc", "weighted_f1", "acc")  # of the summary
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Protocol:
     Attributes:
         probe: published or sweep.
         monitor: metric by which a sweep chooses.
-        percent_mode: published or stratified, see ``data.splits``.
         stratify: bootstrap within classes.
         resamples: of the bootstrap.
         amp_dtype: precision of the features.
@@ -51,7 +51,6 @@ class Protocol:
 
     probe: str
     monitor: str
-    percent_mode: str
     stratify: bool
     resamples: int
     amp_dtype: str
@@ -85,17 +84,34 @@ class LabelledFeatures:
         return self.embeddings[at]
 
 
-def needed_images(manifest: Manifest, settings: list[dict[str, Any]], percent_mode: str) -> Manifest:
-    """The images that any of the runs reads: val, test, and the union of the train subsets, in the CSV's order."""
-    train, rows = manifest.split("train"), set()
+def draw_subsets(manifest: Manifest, settings: list[dict[str, Any]], percent_mode: str) -> list[Manifest]:
+    """The train images of every run.
+
+    Raises:
+        UserError: parts that no probe can be fitted on, all of them in one message.
+    """
+    train, subsets, faults = manifest.split("train"), [], []
     for setting in settings:
-        rows |= set(take_percent(train, setting["percent_data"], mode=percent_mode,
-                                 seed=setting["seed"]).frame[ROW].tolist())
+        subset = take_percent(train, setting["percent_data"], mode=percent_mode, seed=setting["seed"])
+        classes = len(np.unique(subset.labels))
+        if classes < 2:
+            faults.append(f"  --percent_data {setting['percent_data']:g}, seed {setting['seed']}: {len(subset)} images "
+                          f"of {classes} class")
+        subsets.append(subset)
+    if faults:
+        raise UserError("a probe needs train images of two or more classes, and there are\n" + "\n".join(faults) +
+                        "\n  Take larger fractions, other seeds, or --percent_mode stratified")
+    return subsets
+
+
+def needed_images(manifest: Manifest, subsets: list[Manifest]) -> Manifest:
+    """The images that any of the runs reads: val, test, and the union of the train subsets, in the CSV's order."""
+    rows = set().union(*(subset.frame[ROW].tolist() for subset in subsets))
     keep = (manifest.frame["split"] != "train") | manifest.frame[ROW].isin(rows)
     return manifest.take(np.flatnonzero(keep.to_numpy()))
 
 
-def evaluate_once(run: RunDirectory, setting: dict[str, Any], manifest: Manifest, data: LabelledFeatures,
+def evaluate_once(run: RunDirectory, setting: dict[str, Any], subset: Manifest, data: LabelledFeatures,
                   external: LabelledFeatures | None, protocol: Protocol, provenance: Provenance, *,
                   plots: bool = True) -> dict[str, Any]:
     """One probe: fit, test, write predictions, probe and plots into the run directory.
@@ -103,7 +119,7 @@ def evaluate_once(run: RunDirectory, setting: dict[str, Any], manifest: Manifest
     Args:
         run: the directory.
         setting: percent_data and seed.
-        manifest: the whole data set, of whose train split a part is taken.
+        subset: the train images, from ``draw_subsets``.
         data: features of ``needed_images``.
         external: features of an external test set.
         protocol: the rest.
@@ -113,8 +129,7 @@ def evaluate_once(run: RunDirectory, setting: dict[str, Any], manifest: Manifest
     Returns:
         What results.json holds.
     """
-    seed = setting["seed"]
-    subset = take_percent(manifest.split("train"), setting["percent_data"], mode=protocol.percent_mode, seed=seed)
+    manifest, seed = data.manifest, setting["seed"]
     train, val = data.of(subset), data.split("val")
     probe, on_train, chosen = _fit(train, val, protocol, manifest.nb_classes, seed)
     temperature, fitted_on = None, None
@@ -162,7 +177,10 @@ def _fit(train: LabelledFeatures, val: LabelledFeatures, protocol: Protocol, nb_
 
 
 def summarise_runs(parent: RunDirectory, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds of every fraction: table.csv, the label-efficiency plot, results.
+    """Mean and standard deviation over the seeds of every fraction, for the test and an external split.
+
+    Writes table.csv (a row per run and split), summary.csv (a row per fraction and split) and the label-efficiency
+    plots.
 
     Args:
         parent: the directory of the whole command.
@@ -171,26 +189,29 @@ def summarise_runs(parent: RunDirectory, outcomes: list[dict[str, Any]]) -> dict
     Returns:
         What results.json of the parent holds.
     """
-    first = next(iter(outcomes[0]["splits"]))
-    table = pd.DataFrame([{**outcome["setting"],
-                           **{name: entry["value"] for name, entry in outcome["splits"][first]["metrics"].items()}}
-                          for outcome in outcomes]).astype({name: float for name in SUMMARISED})
+    table = pd.DataFrame([{"split": split, **outcome["setting"],
+                           **{name: entry["value"] for name, entry in scored["metrics"].items()}}
+                          for outcome in outcomes for split, scored in outcome["splits"].items()])
+    table = table.astype({name: float for name in NAMES})
     files.write_table(parent.path / "table.csv", table)
     (parent.path / "plots").mkdir(exist_ok=True)
-    plot_label_efficiency(parent.path / "plots" / "label_efficiency.png", table)
     summary = []
-    for percent, group in table.groupby("percent_data"):
-        entry: dict[str, Any] = {"percent_data": float(percent), "train_images": int(group["train_images"].iloc[0]),
-                                 "runs": len(group)}
-        for name in SUMMARISED:
-            values = group[name].dropna()
-            entry[name] = {"mean": float(values.mean()) if len(values) else None,
-                           "sd": float(values.std(ddof=1)) if len(values) > 1 else None, "n": len(values)}
-        summary.append(entry)
+    for split, runs in table.groupby("split", sort=False):
+        name = "label_efficiency.png" if split == "test" else f"label_efficiency_{split}.png"
+        plot_label_efficiency(parent.path / "plots" / name, runs)
+        for percent, group in runs.groupby("percent_data"):
+            entry = {"split": split, "percent_data": float(percent),
+                     "train_images": int(group["train_images"].iloc[0]), "runs": len(group)}
+            for metric in NAMES:
+                values = group[metric].dropna()
+                entry[f"{metric}_mean"] = float(values.mean()) if len(values) else None
+                entry[f"{metric}_sd"] = float(values.std(ddof=1)) if len(values) > 1 else None
+            summary.append(entry)
+    files.write_table(parent.path / "summary.csv", pd.DataFrame(summary))
     shared = {key: outcomes[0][key] for key in ("task", "data_set", "model", "weights_sha256", "amp_dtype",
                                                 "class_names")}
     rows = [_named(outcome) for outcome in outcomes]
-    return {**shared, "split": first, "summary": summary, "table_rows": [row for part in rows for row in part]}
+    return {**shared, "summary": summary, "table_rows": [row for part in rows for row in part]}
 
 
 def _named(outcome: dict[str, Any]) -> list[str]:
@@ -205,17 +226,15 @@ def _named(outcome: dict[str, Any]) -> list[str]:
 
 
 def summary_lines(results: dict[str, Any]) -> str:
-    """The table of ``summarise_runs`` for the eye: mean (SD) over the runs of each fraction."""
-    names = SUMMARISED[:4]
-    lines = [f"{results['data_set']}, {results['model']}, {results['amp_dtype']}: mean (SD) over seeds, "
-             f"{results['split']} split",
-             "  percent  images  runs  " + "".join(f"{name:<18}" for name in names)]
+    """The summary for the eye: mean (SD) over the runs of each fraction."""
+    lines = [f"{results['data_set']}, {results['model']}, {results['amp_dtype']}: mean (SD) over seeds",
+             "  split     percent  images  runs  " + "".join(f"{name:<18}" for name in PRINTED)]
     for entry in results["summary"]:
         cells = []
-        for name in names:
-            mean, sd = entry[name]["mean"], entry[name]["sd"]
+        for name in PRINTED:
+            mean, sd = entry[f"{name}_mean"], entry[f"{name}_sd"]
             spread = "" if sd is None else f" ({sd:.4f})"
             cells.append("nan" if mean is None else f"{mean:.4f}{spread}")
-        lines.append(f"  {100 * entry['percent_data']:6g}%  {entry['train_images']:6d}  {entry['runs']:4d}  "
-                     + "".join(f"{cell:<18}" for cell in cells))
+        lines.append(f"  {entry['split']:<8}  {100 * entry['percent_data']:6g}%  {entry['train_images']:6d}  "
+                     f"{entry['runs']:4d}  " + "".join(f"{cell:<18}" for cell in cells))
     return "\n".join(lines)

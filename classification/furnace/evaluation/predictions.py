@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from furnace.data.csv_table import missing_column, parse_csv, read_csv_bytes
+from furnace.data.images import EXTENSIONS
 from furnace.data.manifest import GROUP_COLUMNS
 from furnace.data.problems import ROW, ManifestError, Problem, report
 from furnace.runtime.files import UserError
 
 FILE_COLUMNS = ("filename", "image_path")
 METADATA_COLUMNS = ("image", "filename", "image_path", "image_id", "img_id")  # where metadata names its images
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 SUM_TOLERANCE = 1e-3  # of a row of probabilities; published files have eight digits
 GENERIC = ("test", "val")  # stems that say nothing about the model
 
@@ -234,7 +234,7 @@ def match_names(names: Sequence[str], others: Sequence[str]) -> np.ndarray | Non
 
 def _key(name: str, parts: int | None, keep_suffix: bool) -> str:
     path = PurePosixPath(str(name).strip().replace("\\", "/"))
-    if not keep_suffix and path.suffix.lower() in IMAGE_SUFFIXES:
+    if not keep_suffix and path.suffix.lower() in EXTENSIONS:
         path = path.with_suffix("")
     return str(path) if parts is None else "/".join(path.parts[-parts:])
 

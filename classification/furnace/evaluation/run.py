@@ -35,7 +35,7 @@ def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest,
     parts = {"task": task, **{key: value for key, value in settings.items() if key not in left_out}, **(also or {}),
              "csv_sha256": manifest.sha256, "images_digest": manifest.images_digest,
              "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
-    model = "".join(c if c.isalnum() or c in "._-" else "-" for c in settings["model"])
+    model = files.folder_name(settings["model"])
     path = Path(settings["output_dir"]) / manifest.name / f"{model}_{fingerprint(parts)[:8]}"
     files.check_space(path, 2**20 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
     return open_run(path, parts=parts, overwrite=settings["overwrite"],
@@ -44,7 +44,7 @@ def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest,
                                  "weights": provenance.to_dict()})
 
 
-def settle_precision(settings: dict[str, Any], run: RunDirectory, backbone: torch.nn.Module,
+def settle_precision(settings: dict[str, Any], run: RunDirectory, backbone: torch.nn.Module, manifest: Manifest,
                      how: Extraction) -> Extraction:
     """Resolve ``--amp_dtype auto`` once; an unfinished run keeps what it had settled on. Writes args.yaml.
 
@@ -52,12 +52,13 @@ def settle_precision(settings: dict[str, Any], run: RunDirectory, backbone: torc
         settings: the script's options, ``vars(args)``.
         run: the run's directory.
         backbone: on any device; it is moved.
+        manifest: the images whose features are wanted.
         how: the extraction's settings.
 
     Returns:
         ``how`` with bf16, fp16 or fp32.
     """
     asked = run.previous.get("resolved_amp_dtype", "auto") if how.amp_dtype == "auto" else how.amp_dtype
-    amp_dtype = settle_amp_dtype(asked, backbone.to(how.device), how)
+    amp_dtype = settle_amp_dtype(asked, backbone.to(how.device), manifest, how)
     run.write_arguments({**settings, "resolved_amp_dtype": amp_dtype})
     return dataclasses.replace(how, amp_dtype=amp_dtype)

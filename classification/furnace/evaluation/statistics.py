@@ -69,7 +69,7 @@ def resampling_for(frame: pd.DataFrame, *, stratify: bool = False, resamples: in
         codes = pd.factorize(frame[column])[0]  # -1 where empty
         codes[codes < 0] = codes.max() + 1 + np.arange((codes < 0).sum())
         if len(np.unique(codes)) == len(codes):
-            break
+            continue  # a patient per image says nothing; lesions may
         unit = column.removesuffix("_id")
         if stratify:
             logger.warning("%ss (%s) are resampled whole: the resamples are not stratified by class", unit, column)

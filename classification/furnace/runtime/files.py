@@ -15,7 +15,7 @@ import pickle
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,14 +74,47 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def output_error(path: str | Path, error: OSError) -> OutputError:
     """Say what went wrong while writing ``path``, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "the disk is full (or a quota is reached): free some space or choose another --output_dir"
+        remedy = "the disk is full (or a quota is reached): free some space or choose another place"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "no permission to write there: choose another --output_dir"
+        remedy = "no permission to write there: choose another place"
     elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-        remedy = "a part of this path is a file, not a folder: choose another --output_dir"
+        remedy = "a part of this path is a file, not a folder: choose another place"
     else:
-        remedy = "choose another --output_dir"
+        remedy = "choose another place"
     return OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+
+
+OUTPUT_SUFFIXES = (".csv", ".png", ".npz", ".safetensors")
+
+
+def refuse_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite: bool) -> None:
+    """No output may be an input, lie in an input folder, be of another kind, or (without ``overwrite``) be there.
+
+    Args:
+        outputs: files to write (by OUTPUT_SUFFIXES), and folders.
+        inputs: files and folders that are read.
+        overwrite: outputs that are there may be replaced.
+
+    Raises:
+        OutputError: the first that is wrong.
+    """
+    inputs = list(inputs)
+    for path in outputs:
+        for source in inputs:
+            if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+                raise OutputError(f"{path} would be written into the input folder {source}: choose an --output "
+                                  "elsewhere")
+            if path.exists() and source.exists() and path.samefile(source):
+                raise OutputError(f"{path} is the input; nothing was written: choose another --output")
+        if path.exists() and path.is_dir() == (path.suffix.lower() in OUTPUT_SUFFIXES):
+            raise OutputError(f"{path} is a {'folder' if path.is_dir() else 'file'}: choose another --output")
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} is there already: choose another --output, or add --overwrite")
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of a folder: letters, digits, dot, underscore, hyphen."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)[:100]
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -118,7 +151,7 @@ def check_space(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(f"the disk of {folder} has {free:,} bytes free and the results need about {needed:,}: the "
-                          "disk is full; free some space or choose another --output_dir")
+                          "disk is full; free some space or choose another place")
 
 
 def append_row(path: str | Path, header: str, row: str, *, once: bool = False) -> bool:

@@ -22,8 +22,8 @@ from furnace.runtime import files
 from furnace.runtime.files import OutputError, UserError
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
-RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "probe.safetensors",
-             "probe.json", "plots")
+RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "summary.csv",
+             "probe.safetensors", "probe.json", "plots")
 ONCE = ("config", "overwrite", "no_auto_resume")  # said for one start of a run, not part of it
 PREVIOUS = "previous"  # where --overwrite moves the files of the run before
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "Pillow")
@@ -143,11 +143,13 @@ def child_runs(parent: RunDirectory, settings: Sequence[dict[str, Any]],
     Returns:
         The results of every child, in the order of ``settings``; those of finished children as they were stored.
     """
-    outcomes = []
+    children = []  # opened before the first is made: an interrupted overwrite must not leave some of the old ones
     for setting in settings:
         name = "_".join(f"{key}_{value}" for key, value in setting.items())
-        child = open_run(parent.path / name, parts={**parent.parts, **setting, "parent": parent.fingerprint},
-                         environment={"seed": setting.get("seed")}, overwrite=overwrite)
+        children.append(open_run(parent.path / name, environment={"seed": setting.get("seed")}, overwrite=overwrite,
+                                 parts={**parent.parts, **setting, "parent": parent.fingerprint}))
+    outcomes = []
+    for child, setting in zip(children, settings, strict=True):
         results = child.read_results()
         if results is None:
             child.write_results(run_one(child, setting))
