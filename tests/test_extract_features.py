@@ -203,7 +203,7 @@ def test_outputs_that_are_there_are_kept(csv: Path, tmp_path: Path, capsys, name
     else:
         (tmp_path / name).write_text("mine")
     assert run(csv, tmp_path / "f.npz", *more) == 2
-    assert f"{name} is there already: choose another --output, or --overwrite" in capsys.readouterr().err
+    assert f"{name} is there already: choose another --output, or add --overwrite" in capsys.readouterr().err
     assert name == "f_attention" or (tmp_path / name).read_text() == "mine"
     assert run(csv, tmp_path / "f.npz", *more, "--overwrite") == 0
 
