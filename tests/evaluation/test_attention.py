@@ -1,9 +1,9 @@
 """Attention maps against softmax(Q K^T) from the weights, and the pictures drawn of them."""
 
-from pathlib import inspect
+import inspect
+from pathlib import Path
 
 import numpy as np
-import Path
 import pytest
 import timm
 import torch
