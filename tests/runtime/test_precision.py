@@ -48,6 +48,7 @@ def test_probe_runs_the_model_in_both() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out = self.layer(x.flatten(1)[:, :4])
             seen.append((out.dtype, out.requires_grad))
+            assert x.is_contiguous(memory_format=torch.channels_last), "timed in the layout that extraction has"
             return out
 
     assert precision.resolve_amp_dtype("auto", Probe(), torch.device("cpu"), 8) in ("bf16", "fp32")

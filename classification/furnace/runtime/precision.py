@@ -77,7 +77,8 @@ def resolve_amp_dtype(requested: str, backbone: torch.nn.Module, device: torch.d
     if requested != "auto":
         return requested
     images = torch.zeros(32 if device.type == "cuda" else 4, 3, input_size, input_size, device=device)
-    seconds = {name: _time_forward(backbone, images, name) for name in ("fp32", "bf16")}
+    images = images.contiguous(memory_format=torch.channels_last)  # timed as it will run
+    seconds = {name: _time_forward(prepare_for_inference(backbone, name), images, name) for name in ("fp32", "bf16")}
     chosen = "bf16" if seconds["bf16"] * WORTHWHILE < seconds["fp32"] else "fp32"
     logger.info("precision: %s (probe: fp32 %.3f s, bf16 %.3f s for %d images)",
                 chosen, seconds["fp32"], seconds["bf16"], len(images))
