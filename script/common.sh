@@ -38,3 +38,50 @@ ensure_venv() {
   ) 9> .venv/.lock
   echo "$want $extra" >> .venv/.installed
 }
+
+# for_each_set FUNCTION OPTIONS...: of every model of MODELS on every data set of script/data_sets.tsv whose data and
+# weights are there, calls FUNCTION set classes csv images model checkpoint OPTIONS (checkpoint empty where it comes by
+# name); then says which ran, were skipped (FUNCTION returned 3, saying why in $reason), or failed, and exits.
+for_each_set() {
+  local function="$1" model checkpoint name classes csv images reason code ran=() skipped=() failed=()
+  shift
+  for model in $MODELS; do
+    checkpoint="$(checkpoint_of "$model")"
+    while IFS=$'\t' read -r name classes csv images _; do
+      case "$name" in ''|'#'*) continue ;; esac
+      if [ ! -f "$DATA_ROOT/$csv" ] || [ ! -d "$DATA_ROOT/$images" ]; then
+        skipped+=("$model on $name (no $DATA_ROOT/$csv with $DATA_ROOT/$images)")
+        continue
+      fi
+      if [ "${NEEDS_WEIGHTS:-yes}" = yes ] && [ -n "$checkpoint" ] && [ ! -f "$checkpoint" ]; then
+        skipped+=("$model on $name (no weights file $checkpoint)")
+        continue
+      fi
+      echo "== $model on $name"
+      reason="" code=0
+      "$function" "$name" "$classes" "$DATA_ROOT/$csv" "$DATA_ROOT/$images" "$model" "$checkpoint" "$@" < /dev/null \
+        || code=$?
+      case "$code" in
+        0) ran+=("$model on $name") ;;
+        3) skipped+=("$model on $name ($reason)") ;;
+        *) failed+=("$model on $name") ;;
+      esac
+    done < script/data_sets.tsv
+  done
+  echo
+  print_list "ran" ${ran[@]+"${ran[@]}"}
+  print_list "skipped" ${skipped[@]+"${skipped[@]}"}
+  print_list "failed" ${failed[@]+"${failed[@]}"}
+  [ ${#failed[@]} -eq 0 ] || exit 1
+  [ ${#ran[@]} -gt 0 ] || { echo "nothing ran: set DATA_ROOT and WEIGHTS (README, section 4)" >&2; exit 2; }
+}
+
+print_list() {
+  local title="$1" item
+  shift
+  echo "$title: $#"
+  for item in "$@"; do echo "  $item"; done
+}
+
+# A model's name as that of a file or folder.
+plain_name() { echo "$1" | tr -c 'A-Za-z0-9._\n-' '-'; }

@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def feature_cache_of_the_tests(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Entry scripts set it for their process."""
+    before = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ import pytest
 from helpers import ROOT
 
 FURNACE = ROOT / "classification" / "furnace"
-FLOOR = {"runtime": 0, "data": 1, "models": 1, "evaluation": 2, "engine_for": 3, "federated": 4, "command_line": 5,
-         "arguments": 6}
+FLOOR = {"runtime": 0, "data": 1, "models": 1, "evaluation": 2, "engine_for": 3, "finetuning": 4,
+         "finetuning_results": 4, "federated": 5, "command_line": 6, "published": 6, "arguments": 7,
+         "finetuning_arguments": 8}
 SCRIPTS = {path.stem for path in (ROOT / "classification").glob("*.py")}
 MODULES = sorted(FURNACE.rglob("*.py"))
 

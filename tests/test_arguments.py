@@ -4,7 +4,6 @@ import pytest
 import yaml
 
 from furnace.arguments import (
-    PUBLISHED,
     evaluate_predictions_parser,
     extract_features_parser,
     knn_eval_parser,
@@ -12,10 +11,13 @@ from furnace.arguments import (
     predict_parser,
 )
 from furnace.command_line import entry_point, parse
+from furnace.finetuning_arguments import finetuning_parser
+from furnace.published import PUBLISHED
 from furnace.runtime.files import UserError
 
 PARSERS = {"linear_eval.py": linear_eval_parser, "predict.py": predict_parser, "knn_eval.py": knn_eval_parser,
-           "extract_features.py": extract_features_parser, "evaluate_predictions.py": evaluate_predictions_parser}
+           "extract_features.py": extract_features_parser, "evaluate_predictions.py": evaluate_predictions_parser,
+           "run_class_finetuning.py": finetuning_parser}
 NEEDED = ["--model", "demo", "--csv_path", "a.csv"]
 
 

@@ -1,7 +1,7 @@
 """Command-line options of the entry scripts.
 
-Each script's parser is put together from the groups below. ``PUBLISHED`` says of every flag of the published scripts
-what became of it here; a test holds it against the parsers.
+Each script's parser is put together from the groups below. ``published`` says of every flag of the published scripts
+what became of it here.
 """
 
 import argparse
@@ -15,22 +15,6 @@ from furnace.evaluation.feature_export import PROJECTIONS
 from furnace.evaluation.features import Extraction
 from furnace.evaluation.probe_sweep import MONITORS
 from furnace.runtime.precision import pick_device
-
-# script -> published flag -> what became of it
-PUBLISHED = {
-    "linear_eval.py": {
-        "--csv_path": "works as published",
-        "--csv_filename": "works as published; the default, which crashed, is results.csv",
-        "--root_path": "works as published; surrounding blanks and a missing final slash do no harm",
-        "--model": "works as published; any timm or Hugging Face backbone besides",
-        "--percent_data": "works as published",
-        "--nb_classes": "works as published (2 reads binary_label); labels outside 0..nb_classes-1 are refused",
-        "--batch_size": "works as an upper bound: the loader takes smaller pieces",
-        "--num_workers": "works as published; the default is chosen from the machine",
-        "--output_dir": "works as published; each run has a folder of its own inside",
-        "--pretrained_checkpoint": "works as published; unfitting files are refused instead of ignored",
-    },
-}
 
 
 def linear_eval_parser() -> argparse.ArgumentParser:
@@ -62,10 +46,13 @@ def linear_eval_parser() -> argparse.ArgumentParser:
 
 def predict_parser() -> argparse.ArgumentParser:
     """The options of predict.py."""
-    parser = new_parser("Probabilities for photographs without labels, by a probe that linear_eval.py saved.")
+    parser = new_parser("Probabilities for photographs without labels, by a probe that linear_eval.py saved or a "
+                        "classifier that run_class_finetuning.py trained.")
     parser.add_argument("input", type=clean_path, help="an image, a folder of images, or a CSV with a column image")
-    parser.add_argument("--probe", type=clean_path, required=True, metavar="RUN_DIR",
-                        help="run directory of linear_eval.py")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--probe", type=clean_path, metavar="RUN_DIR", help="run directory of linear_eval.py")
+    model.add_argument("--checkpoint", type=clean_path, metavar="FILE.pth",
+                       help="checkpoint-best.pth of run_class_finetuning.py, or of the published code")
     parser.add_argument("--output", type=clean_path, required=True, metavar="OUT.csv",
                         help="the predictions; a contact sheet OUT.png is drawn beside it")
     parser.add_argument("--root_path", type=optional_path, default=None, help="folder of a CSV's images")

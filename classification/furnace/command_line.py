@@ -12,6 +12,7 @@ import yaml
 
 from furnace.runtime import distributed
 from furnace.runtime.files import UserError
+from furnace.runtime.trainer import Stopped
 
 logger = logging.getLogger(__name__)  # of the entry scripts
 
@@ -133,6 +134,10 @@ def entry_point(function: Callable[[Sequence[str] | None], int]) -> Callable[...
             code = function(argv)
             distributed.stop()
             return code
+        except Stopped as stopped:
+            if distributed_rank == 0:
+                print(f"{stopped}; everything so far is saved, and the same command goes on", file=sys.stderr)
+            return stopped.code
         except UserError as error:
             if distributed_rank == 0:
                 print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
-"""Loaders: the manifest's order, every image once, nothing padded, broken files listed."""
+"""Loaders: the manifest's order, every image once, nothing padded, broken files listed; seeded augmentation."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,23 @@ import torch
 from PIL import Image
 
 from furnace.data import datasets
-from furnace.data.datasets import Batch, ImageDataset, StridedSampler, build_loader, collate
+from furnace.data.datasets import (
+    Batch,
+    ImageDataset,
+    StridedSampler,
+    broken_files,
+    build_loader,
+    build_train_loader,
+    collate,
+    refuse_broken,
+    subset_loader,
+)
 from furnace.data.manifest import Manifest, read_manifest
+from furnace.data.samplers import Draw, TrainSampler
 from furnace.runtime import distributed
+from furnace.runtime.batch_plan import BatchPlan
+from furnace.runtime.files import UserError
+from furnace.runtime.seeding import seed_all
 from helpers import draw_images, small_set
 
 
@@ -138,3 +153,136 @@ def test_images_of_two_sizes_need_a_transform(tmp_path: Path, manifest: Manifest
     loader = build_loader(Manifest(**{**vars(manifest), "frame": frame}), lambda image: tensor(image.resize((8, 8))),
                           batch_size=2, num_workers=0)
     assert [tuple(batch.images.shape) for batch in loader] == [(2, 3, 8, 8)]
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+PLAN = BatchPlan(micro=3, accumulation=2, world_size=1, steps_per_epoch=3)  # 18 of 21 images
+
+
+def numbers(image: Image.Image) -> torch.Tensor:
+    """(4,): a number from each of the three generators, and the image's first red value."""
+    return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item(), image.getpixel((0, 0))[0]],
+                        dtype=torch.float64)
+
+
+def states() -> tuple:
+    """The global generators, comparable."""
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+
+def train_loader(manifest: Manifest, num_workers: int = 0, seed: int = 5, plan: BatchPlan = PLAN):
+    """Of the whole manifest."""
+    return build_train_loader(manifest, numbers, TrainSampler(len(manifest), plan=plan, seed=1), plan=plan, seed=seed,
+                              num_workers=num_workers)
+
+
+def epoch(loader, number: int, update: int = 0) -> list[Batch]:
+    """The batches from there on."""
+    loader.sampler.set_position(number, update)
+    return list(loader)
+
+
+def test_seeded_numbers_depend_on_the_draw_alone(manifest: Manifest) -> None:
+    """Seed, epoch and position change them, the image does not, and they are those of ``seed_all``."""
+    dataset = ImageDataset(manifest, numbers, seed=5)
+    first, index = dataset[Draw(7, 2, 11)]
+    assert index == 7
+    torch.rand(3), random.random()
+    assert torch.equal(dataset[Draw(7, 2, 11)][0], first)
+    assert torch.equal(dataset[Draw(8, 2, 11)][0][:3], first[:3])
+    others = [dataset[Draw(7, 3, 11)], dataset[Draw(7, 2, 12)], ImageDataset(manifest, numbers, seed=6)[Draw(7, 2, 11)]]
+    for other, _ in others:
+        assert (other[:3] != first[:3]).all() and other[3] == first[3]
+    seed_all(5, 2, 11)
+    with Image.open(manifest.path_of(7)) as image:
+        assert torch.equal(numbers(image), first)
+
+
+def test_an_index_is_a_draw_of_epoch_0(manifest: Manifest) -> None:
+    dataset = ImageDataset(manifest, numbers, seed=5)
+    assert torch.equal(dataset[7][0], dataset[Draw(7, 0, 7)][0]) and dataset[7][1] == 7
+
+
+def test_seeded_images_leave_the_global_generators_alone(manifest: Manifest) -> None:
+    before = states()
+    ImageDataset(manifest, numbers, seed=5)[3]
+    epoch(train_loader(manifest), 0)
+    epoch(train_loader(manifest, num_workers=1), 0)
+    assert states() == before
+    ImageDataset(manifest, numbers)[3]
+    assert states() != before, "without a seed they are used"
+
+
+def test_train_batches(manifest: Manifest) -> None:
+    loader = train_loader(manifest)
+    batches = epoch(loader, 4)
+    assert [len(batch.images) for batch in batches] == [3] * 6 == [3] * len(loader)
+    assert [i for batch in batches for i in batch.indices] == loader.sampler.epoch_indices(4).tolist()
+    dataset = ImageDataset(manifest, numbers, seed=5)
+    wanted = [dataset[Draw(int(i), 4, p)][0] for p, i in enumerate(loader.sampler.epoch_indices(4))]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack(wanted))
+    assert not torch.equal(batches[0].images, epoch(train_loader(manifest, seed=6), 4)[0].images)
+
+
+def test_train_batches_after_a_resume_and_with_workers(manifest: Manifest) -> None:
+    """The same pictures; the workers outlive an epoch."""
+    alone, two = train_loader(manifest), train_loader(manifest, num_workers=2)
+    for number, update in ((0, 0), (1, 0), (1, 2)):
+        whole, tail = epoch(alone, number)[2 * update:], epoch(two, number, update)
+        assert [batch.indices for batch in tail] == [batch.indices for batch in whole]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(tail, whole, strict=True))
+    assert two.persistent_workers and not alone.persistent_workers
+
+
+def test_halved_batches_have_the_same_pictures(manifest: Manifest) -> None:
+    """A plan for less memory changes how many are stacked, not which."""
+    plan = BatchPlan(micro=6, accumulation=1, world_size=1, steps_per_epoch=3)
+    whole, half = (torch.cat([batch.images for batch in epoch(train_loader(manifest, plan=p), 0)])
+                   for p in (plan, plan.halved()))
+    assert torch.equal(whole, half)
+
+
+def test_seeded_loader_in_order(manifest: Manifest) -> None:
+    """Random views of evaluation: the same whatever batch size, workers, and part of the manifest."""
+    one = torch.cat([b.images for b in build_loader(manifest, numbers, batch_size=1, num_workers=0, seed=5)])
+    loader = build_loader(manifest, numbers, batch_size=4, num_workers=2, seed=5)
+    assert torch.equal(torch.cat([b.images for b in loader]), one)
+    assert torch.equal(torch.cat([b.images for b in subset_loader(loader, [9, 2])]), one[[9, 2]])
+
+
+def test_views_are_stacked(manifest: Manifest) -> None:
+    loader = build_loader(manifest, lambda image: tensor(image).expand(5, 3, 32, 40), batch_size=2, num_workers=0)
+    assert next(iter(loader)).images.shape == (2, 5, 3, 32, 40)
+
+
+# ----------------------------------------------------------------------------------------------------- broken files
+
+def test_broken_files(broken: Manifest) -> None:
+    found = broken_files(broken)
+    assert [(row, path) for row, path, _ in found] == [(i + 2, broken.path_of(i)) for i in (3, 4, 20)]
+    assert all(reason for *_, reason in found)
+    assert broken_files(broken.take([20, 0]))[0][0] == 22, "rows are those of the CSV"
+    assert broken_files(broken.take([0, 1])) == []
+
+
+def test_a_broken_file_in_training_is_told_with_all_others(broken: Manifest) -> None:
+    """Both ways of finding them, the same words."""
+    with pytest.raises(UserError, match="^3 images cannot be decoded:") as searched:
+        refuse_broken(broken)
+    reasons = [(i, ImageDataset(broken, tensor)[i][0]) for i in (20, 3, 4)]
+    with pytest.raises(UserError) as told:
+        refuse_broken(broken, reasons)
+    assert str(told.value) == str(searched.value)
+    lines = str(told.value).splitlines()
+    assert lines[1] == f"  row 5, {broken.path_of(3)}: {reasons[1][1]}"
+    assert lines[-1] == "  Copy or download them again, or delete their rows."
+    with pytest.raises(UserError, match="^1 image cannot be decoded:"):
+        refuse_broken(broken.take([3, 7]))
+    with pytest.raises(UserError, match="the storage is not reliable"):
+        refuse_broken(broken.take([0, 1]))
+
+
+def test_a_broken_file_of_a_draw_is_named_by_its_image(broken: Manifest) -> None:
+    reason, index = ImageDataset(broken, numbers, seed=0)[Draw(4, 2, 11)]
+    assert index == 4 and isinstance(reason, str)

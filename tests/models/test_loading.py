@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from furnace.models.loading import LoadRules, best_prefix, describe_state, load_backbone, unwrap
+from furnace.models.loading import LoadRules, asked_rules, best_prefix, describe_state, load_backbone, unwrap
 from furnace.models.panderm import PanDerm
 from furnace.runtime.files import CheckpointError, CheckpointFile
 
@@ -24,9 +24,10 @@ def weights(img_size: int = 64, **kwargs) -> dict[str, torch.Tensor]:
     return {key: torch.randn_like(value) for key, value in tiny(img_size, **kwargs).state_dict().items()}
 
 
-def load(model: torch.nn.Module, content: object):
+def load(model: torch.nn.Module, content: object, **how):
     """Through the product's function."""
-    return load_backbone(model, CheckpointFile(path="file.pth", sha256="0" * 64, content=content), "PanDerm_Base_LP")
+    return load_backbone(model, CheckpointFile(path="file.pth", sha256="0" * 64, content=content), "PanDerm_Base_LP",
+                         **how)
 
 
 def prefixed(state: dict, prefix: str) -> dict:
@@ -169,3 +170,70 @@ def test_a_deeper_vit_is_refused_and_a_decoder_is_not() -> None:
 def test_a_counter_beside_the_wrapper() -> None:
     """{'model': ..., 'epoch': tensor(3)} is a wrapped file."""
     assert load(tiny(), {"model": weights(), "epoch": torch.tensor(3)}).matched
+
+
+def test_wrappers_are_tried_in_the_order_given() -> None:
+    """Two states in one file: the asked one is loaded; keys that are not asked for are not looked under."""
+    first, second = weights(), {key: value + 1 for key, value in weights().items()}
+    content = {"model": first, "ema": {"state_dict": second}}
+    for wrappers, want in ((("model", "ema"), first), (("ema", "state_dict", "model"), second)):
+        model = tiny()
+        load(model, content, wrappers=wrappers)
+        assert torch.equal(model.norm.weight, want["norm.weight"])
+    with pytest.raises(CheckpointError, match="no tensors under module"):
+        load(tiny(), content, wrappers=("module",))
+
+
+def test_prefix_may_be_forced() -> None:
+    """Student and teacher lie in one file; the votes are even, the asked one is loaded."""
+    student, teacher = weights(), {key: value + 1 for key, value in weights().items()}
+    state = {**prefixed(student, "student."), **prefixed(teacher, "teacher.")}
+    for prefix, want in (("student.", student), ("teacher.", teacher)):
+        model = tiny()
+        report = load(model, state, prefix=prefix)
+        assert torch.equal(model.norm.weight, want["norm.weight"]) and report.prefix == prefix
+    with pytest.raises(CheckpointError, match="no key that begins with 'net.'"):
+        load(tiny(), state, prefix="net.")
+
+
+def test_a_norm_moves_only_where_another_pooling_was_asked_for() -> None:
+    """A ViT pooled by mean needs fc_norm, the file has norm, and the other way round."""
+    shape = {"img_size": 64, "num_classes": 0, "depth": 1}
+    mean, token = (timm.create_model("vit_tiny_patch16_224", global_pool=pool, **shape) for pool in ("avg", "token"))
+    for model, other, old, new in ((mean, token, "norm", "fc_norm"), (token, mean, "fc_norm", "norm")):
+        state = {key: torch.randn_like(value) for key, value in other.state_dict().items()}
+        with pytest.raises(CheckpointError, match=f"missing: 2 .{new}.weight"):
+            load(model, state)
+        load(model, state, asked=asked_rules({"global_pool": model.global_pool}))
+        assert torch.equal(model.state_dict()[f"{new}.weight"], state[f"{old}.weight"])
+
+
+def test_a_norm_does_not_take_the_place_of_another() -> None:
+    """A file with both: each goes where it belongs."""
+    state = {**weights(form="avg"), "norm.weight": torch.zeros(32), "norm.bias": torch.zeros(32)}
+    model = tiny(form="avg")
+    load(model, state)
+    assert torch.equal(model.fc_norm.weight, state["fc_norm.weight"])
+
+
+def test_asked_tensors_may_be_missing_and_no_others() -> None:
+    """LayerScale and relative tables that the file lacks start where the model starts them."""
+    state = {key: value for key, value in weights().items() if "gamma" not in key}
+    with pytest.raises(CheckpointError, match="gamma_1"):
+        load(tiny(), state)
+    model = tiny()
+    assert len(load(model, state, asked=asked_rules({"init_values": 0.1})).missing) == 4
+    assert (model.blocks[1].gamma_2 == 0.1).all()
+    del state["blocks.0.norm1.weight"]
+    with pytest.raises(CheckpointError, match=r"missing: 1 \(blocks.0.norm1.weight"):
+        load(tiny(), state, asked=asked_rules({"init_values": 0.1, "use_rel_pos_bias": True}))
+
+
+def test_learned_relative_tables_need_a_place() -> None:
+    """Zero tables change nothing; others are refused unless they were asked to go."""
+    state = {**weights(), "blocks.1.attn.relative_position_bias_table": torch.zeros(52, 2)}
+    load(tiny(), state)
+    state["blocks.1.attn.relative_position_bias_table"][3] = 1.0
+    with pytest.raises(CheckpointError, match="learned relative positions in 1 blocks"):
+        load(tiny(), state)
+    assert len(load(tiny(), state, asked=asked_rules({"use_rel_pos_bias": False})).unexpected) == 1

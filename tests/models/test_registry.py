@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from furnace import create_backbone, list_backbones
+from furnace.models import build_architecture
 from furnace.runtime.files import UserError, sha256_file
 from helpers import golden_state
 
@@ -188,3 +189,49 @@ def test_size_that_fails_in_the_forward_pass() -> None:
     """Named with the model's own size, instead of a traceback after the data was read."""
     with pytest.raises(UserError, match=r"--input_size 64 does not suit timm:inception_v3 .*; its own is 299"):
         create_backbone("timm:inception_v3", "random", input_size=64)
+
+
+def test_options_reach_the_architecture() -> None:
+    """And the recipe says all that is needed to build it again."""
+    backbone = create_backbone("timm:vit_tiny_patch16_224", "random", input_size=64,
+                               options={"depth": 2, "drop_path_rate": 0.3})
+    assert len(backbone.blocks) == 2 and backbone.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert backbone.recipe == {"architecture": "vit_tiny_patch16_224",
+                               "arguments": {"img_size": 64, "depth": 2, "drop_path_rate": 0.3}}
+
+
+@pytest.mark.parametrize("options,words", [({"attn_drop_rate": 0.1}, "resnet18 does not take attn_drop_rate.*leave it"),
+                                           ({"global_pool": "token"}, "global_pool='token' does not suit resnet18"),
+                                           ({"colour": 1}, "resnet18 does not take colour")])
+def test_options_that_an_architecture_lacks(options: dict, words: str) -> None:
+    """The model and the argument are named."""
+    with pytest.raises(UserError, match=words):
+        create_backbone("timm:resnet18", "random", options=options)
+
+
+def test_recipe_of_a_hub_model_needs_no_hub(tmp_path, hub) -> None:
+    """The repository's own arguments are in it."""
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2)
+    timm.models.save_for_hf(source, tmp_path / "repo", safe_serialization=True, model_args={"depth": 2})
+    fill_hub_cache(hub, "owner/tiny", {p.name: p for p in (tmp_path / "repo").iterdir()})
+    backbone = create_backbone("hf-hub:owner/tiny", options={"drop_path_rate": 0.1})
+    shutil.rmtree(hub)
+    recipe = backbone.recipe
+    assert recipe["architecture"] == "vit_tiny_patch16_224" and "num_classes" not in recipe["arguments"]
+    assert recipe["arguments"].items() >= {"depth": 2, "img_size": 224, "drop_path_rate": 0.1}.items()
+    again = build_architecture(recipe["architecture"], recipe["arguments"], num_classes=5)
+    assert again.head.out_features == 5
+    again.load_state_dict(backbone.state_dict(), strict=False)
+    assert torch.equal(again.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+def test_published_model_key_and_prefix(tmp_path) -> None:
+    """--model_key and --model_prefix choose among the states of one file."""
+    torch.manual_seed(8)
+    one, two = (timm.create_model("resnet18").state_dict() for _ in range(2))
+    torch.save({"model": {f"net.{key}": value for key, value in one.items()}, "average": two}, tmp_path / "file.pth")
+    path = tmp_path / "file.pth"
+    first = create_backbone("timm:resnet18", path, model_keys=("model", "average"), prefix="net.")
+    second = create_backbone("timm:resnet18", path, model_keys=("average", "model"))
+    assert torch.equal(first.conv1.weight, one["conv1.weight"])
+    assert torch.equal(second.conv1.weight, two["conv1.weight"])

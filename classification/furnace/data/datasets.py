@@ -1,16 +1,25 @@
-"""Images of a manifest as tensors, in order, each exactly once over all processes."""
+"""Images of a manifest as tensors: in order, each exactly once over all processes, or as a sampler draws them."""
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from furnace.data.images import DECODE_ERRORS, load_rgb
-from furnace.data.manifest import Manifest
+from furnace.data.manifest import ROW, Manifest
+from furnace.data.samplers import Draw, TrainSampler
 from furnace.data.transforms import Transform
 from furnace.runtime import distributed
+from furnace.runtime.batch_plan import BatchPlan
+from furnace.runtime.files import UserError
+from furnace.runtime.seeding import seed_of, seeded
 
 # Images per loaded batch at most; --batch_size is an upper bound. A published batch of 1000 with 16 workers would hold
 # 19 GB of pixels without being faster; on a CPU small batches stay in the cache (measured: 8 is twice as fast as 32 for
@@ -23,7 +32,8 @@ class Batch:
     """What a loader yields.
 
     Attributes:
-        images: (B, 3, H, W) float32, or None when no file of the batch could be decoded.
+        images: (B, 3, H, W) float32, or (B, V, 3, H, W) of a transform with V views, or None when no file of the batch
+            could be decoded.
         indices: (B,) positions in the manifest.
         broken: (position, reason) of the files that could not be decoded.
     """
@@ -40,22 +50,31 @@ class Batch:
 
 
 class ImageDataset(Dataset):
-    """``dataset[i]`` is (tensor, i), or (reason, i) for a file that cannot be decoded, so that all can be listed."""
+    """``dataset[i]`` is (tensor, i), or (reason, i) for a file that cannot be decoded, so that all can be listed.
 
-    def __init__(self, manifest: Manifest, transform: Transform) -> None:
+    With a seed, a transform's random numbers depend on (seed, epoch, position) of a ``Draw``, or on (seed, 0, i) of an
+    index, and on nothing else: not on the workers, the batches or what was drawn before. The process's own generators
+    stay where they are.
+    """
+
+    def __init__(self, manifest: Manifest, transform: Transform, seed: int | None = None) -> None:
         self.manifest = manifest
         self.transform = transform
+        self.seed = seed
         self.load = getattr(transform, "load", load_rgb)
 
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | str, int]:
-        try:
-            image = self.load(self.manifest.path_of(index))
-        except DECODE_ERRORS as error:
-            return str(error) or type(error).__name__, index
-        return self.transform(image), index
+    def __getitem__(self, key: int | Draw) -> tuple[torch.Tensor | str, int]:
+        draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key)
+        image, reason = _decode(self.load, self.manifest.path_of(draw.index))
+        if reason is not None:
+            return reason, draw.index
+        if self.seed is None:
+            return self.transform(image), draw.index
+        with seeded(self.seed, draw.epoch, draw.position):
+            return self.transform(image), draw.index
 
 
 class StridedSampler(Sampler[int]):
@@ -71,6 +90,12 @@ class StridedSampler(Sampler[int]):
         return len(self.positions)
 
 
+def ignore_stop_signals(worker: int) -> None:
+    """SIGTERM and Ctrl-C often go to every process of a job: the main one must be able to save, and then ends us."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def collate(items: list[tuple[torch.Tensor | str, int]]) -> Batch:
     """Stack the good images, list the broken ones."""
     good = [(image, index) for image, index in items if isinstance(image, torch.Tensor)]
@@ -80,7 +105,7 @@ def collate(items: list[tuple[torch.Tensor | str, int]]) -> Batch:
 
 
 def build_loader(manifest: Manifest, transform: Transform, *, batch_size: int, num_workers: int | None = None,
-                 device: torch.device | str = "cpu") -> DataLoader:
+                 device: torch.device | str = "cpu", seed: int | None = None) -> DataLoader:
     """A loader over a manifest in its order; under torchrun each process gets its share.
 
     Args:
@@ -89,19 +114,96 @@ def build_loader(manifest: Manifest, transform: Transform, *, batch_size: int, n
         batch_size: upper bound of images per batch; the last batch is as small as it falls.
         num_workers: decoding processes; None picks by the machine (at most 8, and no more than there are CPUs).
         device: where the batches will go; pinned memory and larger batches for cuda.
+        seed: of a random transform, whose numbers then depend on the image's place alone.
     """
     kind = torch.device(device).type
-    if num_workers is None:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = min(8, cpus)
-    dataset = ImageDataset(manifest, transform)
+    dataset = ImageDataset(manifest, transform, seed)
     return DataLoader(dataset, batch_size=min(batch_size, LARGEST_BATCH.get(kind, 32)),
-                      sampler=StridedSampler(range(len(dataset))), num_workers=min(num_workers, len(dataset)),
-                      collate_fn=collate, pin_memory=kind == "cuda")
+                      sampler=StridedSampler(range(len(dataset))), num_workers=_workers(num_workers, len(dataset)),
+                      collate_fn=collate, worker_init_fn=ignore_stop_signals, pin_memory=kind == "cuda")
+
+
+def build_train_loader(manifest: Manifest, transform: Transform, sampler: TrainSampler, *, plan: BatchPlan, seed: int,
+                       num_workers: int | None = None, device: torch.device | str = "cpu",
+                       pin_memory: bool = True) -> DataLoader:
+    """A loader of this process's micro-batches, from where ``loader.sampler.set_position`` says.
+
+    Args:
+        manifest: the training images.
+        transform: from ``build_train_transform``.
+        sampler: draws whole updates, so that every batch has ``plan.micro`` images (fewer where a file is broken).
+        plan: the sampler's.
+        seed: of the augmentation.
+        num_workers: decoding processes, which live on between epochs; None picks.
+        device: where the batches will go.
+        pin_memory: for a cuda device.
+    """
+    num_workers = _workers(num_workers, len(manifest))
+    own = torch.Generator().manual_seed(seed_of(seed, "loader"))  # else an epoch's start would draw from the global one
+    return DataLoader(ImageDataset(manifest, transform, seed), batch_size=plan.micro, sampler=sampler,
+                      num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_stop_signals,
+                      persistent_workers=num_workers > 0, generator=own,
+                      pin_memory=pin_memory and torch.device(device).type == "cuda")
 
 
 def subset_loader(loader: DataLoader, positions: Sequence[int]) -> DataLoader:
     """The same loader over some of its manifest's images, in the order of ``positions``."""
     return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=StridedSampler(positions),
                       num_workers=min(loader.num_workers, len(positions)), collate_fn=collate,
+                      worker_init_fn=ignore_stop_signals,
                       pin_memory=loader.pin_memory)
+
+
+def _workers(asked: int | None, images: int) -> int:
+    """None: one per CPU that this process may use, at most 8; never more than images."""
+    if asked is None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = min(8, cpus)
+    return min(asked, images)
+
+
+# ----------------------------------------------------------------------------------------------------- broken files
+
+def refuse_broken(manifest: Manifest, broken: list[tuple[int, str]] | None = None) -> NoReturn:
+    """End a run in which a file could not be decoded; the message lists all such files.
+
+    Args:
+        manifest: the images.
+        broken: (position, reason) of every one; None decodes all images to find them, as training needs, which has not
+            seen them all when it meets the first.
+
+    Raises:
+        UserError: always.
+    """
+    if broken is None:
+        found = broken_files(manifest)
+    else:
+        found = [(int(manifest.frame[ROW].iat[i]), manifest.path_of(i), reason) for i, reason in sorted(broken)]
+    if not found:
+        raise UserError("an image could not be decoded a moment ago, and now every one can: the storage is not "
+                        "reliable. Start the same command again; a training run goes on where it was.")
+    lines = [f"  row {row}, {path}: {reason}" for row, path, reason in found]
+    raise UserError(f"{len(found)} image{'s' if len(found) > 1 else ''} cannot be decoded:\n" + "\n".join(lines) +
+                    "\n  Copy or download them again, or delete their rows.")
+
+
+def broken_files(manifest: Manifest) -> list[tuple[int, Path, str]]:
+    """Decode every image, with threads; returns (row of the CSV, path, reason) of those that cannot be decoded."""
+    paths = [manifest.path_of(i) for i in range(len(manifest))]
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        reasons = list(tqdm(pool.map(_reason, paths), total=len(paths), unit="image", desc="decoding",
+                            disable=not distributed.is_main()))
+    return [(int(row), path, reason) for row, path, reason in zip(manifest.frame[ROW], paths, reasons, strict=True)
+            if reason is not None]
+
+
+def _reason(path: Path) -> str | None:
+    return _decode(load_rgb, path)[1]
+
+
+def _decode(load: Callable[[Path], Any], path: Path) -> tuple[Any, str | None]:
+    """The image and None, or None and why it cannot be decoded."""
+    try:
+        return load(path), None
+    except DECODE_ERRORS as error:
+        return None, str(error) or type(error).__name__

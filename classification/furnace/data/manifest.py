@@ -1,8 +1,9 @@
 """The CSV of a data set, read and checked once.
 
 Contract: ``image`` (path below the image folder), ``split`` (train, val, test) and ``label`` (integers from 0) or, for
-two classes, ``binary_label`` (0/1). Other columns are kept; ``class_name``, ``patient_id`` and ``lesion_id`` are used
-where they exist. Every problem of the file is found in one pass and reported together.
+two classes, ``binary_label`` (0/1) or, with several labels per image, ``labels`` (class names between semicolons).
+Other columns are kept; ``class_name``, ``patient_id`` and ``lesion_id`` are used where they exist. Every problem of the
+file is found in one pass and reported together.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import pandas as pd
 from furnace.data.class_names import read_class_names, some
 from furnace.data.csv_table import image_folder, missing_column, parse_csv, read_csv_bytes
 from furnace.data.images import check_files
+from furnace.data.multilabel import LABELS, multi_hot, read_label_sets
 from furnace.data.problems import ROW, Problem, report
 
 logger = logging.getLogger(__name__)
@@ -33,14 +35,15 @@ class Manifest:
 
     Attributes:
         frame: a row per image: image (str), label (int64), split, ROW (line of the CSV), then the other columns as
-            text (NaN where empty); with binary_label, a label column beside it is kept as multiclass_label.
+            text (NaN where empty); with binary_label or labels, a label column beside it is kept as multiclass_label.
         name: the CSV's stem, the name of the data set.
         csv_path: the file.
         root: the folder that ``image`` is relative to.
         sha256: of the CSV's bytes.
         images_digest: sha256 over every image's name and content, so that other pictures are another data set.
-        class_names: one per class, ``class_names[label]``.
-        label_column: label or binary_label.
+        class_names: one per class, ``class_names[label]``; with several labels per image, of the columns of
+            ``targets``.
+        label_column: label, binary_label or (several labels per image) labels.
         group_columns: patient_id and lesion_id, those that exist.
     """
 
@@ -64,8 +67,18 @@ class Manifest:
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64."""
+        """(N,) int64 classes; with several labels per image, numbers of the different sets of labels."""
         return self.frame["label"].to_numpy(dtype=np.int64)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.label_column == LABELS
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(N,) int64 classes, or (N, K) float32 zeros and ones where an image may have several; a copy."""
+        return multi_hot(self.frame[LABELS], self.class_names) if self.multilabel else self.labels.copy()
 
     @property
     def filenames(self) -> list[str]:
@@ -84,20 +97,28 @@ class Manifest:
         """This one's images, then the other's (of the same data set)."""
         return replace(self, frame=pd.concat([self.frame, other.frame], ignore_index=True))
 
+    def with_splits(self, splits: Sequence[str]) -> "Manifest":
+        """The same images, otherwise split; (N,) train, val or test."""
+        return replace(self, frame=self.frame.assign(split=list(splits)))
+
     def take(self, indices: Sequence[int]) -> "Manifest":
         """The images at these positions, in this order."""
         return replace(self, frame=self.frame.iloc[list(indices)].reset_index(drop=True))
 
 
 def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, nb_classes: int,
-                  class_names_file: str | Path | None = None, strict_split: bool = False,
-                  report_folder: str | Path | None = None) -> Manifest:
+                  task: str = "multiclass", image_column: str = "image", class_names_file: str | Path | None = None,
+                  strict_split: bool = False, report_folder: str | Path | None = None) -> Manifest:
     """Read and check a data set's CSV and the files it names.
 
     Args:
         csv_path: the CSV (UTF-8, with or without byte-order mark).
         root_path: the folder of the images; None means the CSV's own folder.
-        nb_classes: the number of classes; 2 reads ``binary_label`` (or ``label`` where only that exists).
+        nb_classes: the number of classes; 2 reads ``binary_label`` (or ``label`` where only that exists). With
+            multilabel 0 takes what is found.
+        task: multiclass (a class per image) or multilabel (the column ``labels``; an empty cell: none of the classes).
+        image_column: the column that names the images, called image from here on; another column of that name is
+            left out.
         class_names_file: a text file with one class name a line, in label order.
         strict_split: treat leakage between splits and repeated rows as errors instead of warnings.
         report_folder: where the full list goes when there are more than 20 problems.
@@ -106,34 +127,32 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
         ManifestError: one or more errors; all are in the message or in the file it names.
         UserError: the CSV or the image folder does not exist.
     """
+    if task not in ("multiclass", "multilabel"):
+        raise ValueError(f"task {task!r} is neither multiclass nor multilabel")
     csv_path = Path(csv_path).expanduser()
     content = read_csv_bytes(csv_path)
     root = image_folder(root_path, csv_path)
     problems: list[Problem] = []
     frame = parse_csv(content, csv_path, problems)
-    label_column = _label_column(frame, nb_classes, problems)
-    for column in ("image", "split"):
-        if column not in frame:
-            problems.append(missing_column(frame, column, f"add a column named {column}"))
-    images_digest = ""
+    label_column, nb_classes = _label_column(frame, nb_classes, task, problems)
+    frame = _name_image_column(frame, image_column, problems)
     if "split" in frame:
         frame["split"] = _check_splits(frame, problems)
-    if label_column:
-        if label_column != "label" and "label" in frame:
-            frame["multiclass_label"] = frame["label"]
-        frame["label"] = check_labels(frame, label_column, nb_classes, problems)
-        if "split" in frame:
-            _check_train_classes(frame, nb_classes, label_column, problems)
+    else:
+        problems.append(missing_column(frame, "split", "add a column named split"))
+    class_names = _read_classes(frame, label_column, nb_classes, class_names_file, problems)
+    images_digest = ""
     if "image" in frame:
         images_digest, content_ids = check_files(frame, root, problems)
         if label_column and "split" in frame:
-            check_repeats(frame, root, content_ids, strict_split, problems)
+            check_repeats(frame, root, content_ids, strict_split, problems,
+                          told=LABELS if label_column == LABELS else "label")
     groups = tuple(column for column in GROUP_COLUMNS if column in frame)
     if "split" in frame:
         for column in groups:
             _check_group_leakage(frame, column, strict_split, problems)
-    class_names = read_class_names(frame, nb_classes, class_names_file, problems)
-    report(problems, csv_path=csv_path, folder=report_folder)
+    report([replace(problem, column=image_column) if problem.column == "image" else problem for problem in problems],
+           csv_path=csv_path, folder=report_folder)
     first = ["image", "label", "split", ROW]
     return Manifest(frame=frame[first + [c for c in frame.columns if c not in first]].astype({"label": "int64"}),
                     name=csv_path.stem, csv_path=csv_path, root=root, sha256=hashlib.sha256(content).hexdigest(),
@@ -141,19 +160,72 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
                     group_columns=groups)
 
 
-def _label_column(frame: pd.DataFrame, nb_classes: int, problems: list[Problem]) -> str | None:
-    """binary_label for two classes, else label."""
+def _label_column(frame: pd.DataFrame, nb_classes: int, task: str, problems: list[Problem]) -> tuple[str | None, int]:
+    """The column of the labels (binary_label for two classes, else label), and the number of classes.
+
+    Without a number of classes the CSV's own is taken, as an error, so that the rest is checked in the same pass.
+    """
+    if task == "multilabel":
+        if LABELS in frame:
+            return LABELS, nb_classes
+        problems.append(missing_column(frame, LABELS, "add a column with the class names of each image, separated by "
+                                       "semicolons, or take --task multiclass"))
+        return None, nb_classes
     wanted = "binary_label" if nb_classes == 2 else "label"
+    if nb_classes < 1 and not {"label", "binary_label"}.isdisjoint(frame.columns):
+        wanted = "label" if "label" in frame else "binary_label"
+        nb_classes = _count_classes(frame, wanted, problems)
+        return (wanted if nb_classes else None), nb_classes
     if wanted in frame:
-        return wanted
+        return wanted, nb_classes
     if nb_classes == 2 and "label" in frame:
         logger.info("the CSV has no binary_label column: taking label as the two classes")
-        return "label"
+        return "label", nb_classes
     remedy = "add a column with integers from 0"
     if "binary_label" in frame:
         remedy = "pass --nb_classes 2 to use the column binary_label, or add a column label"
     problems.append(missing_column(frame, wanted, remedy))
-    return None
+    return None, nb_classes
+
+
+def _count_classes(frame: pd.DataFrame, column: str, problems: list[Problem]) -> int:
+    """The number of classes that the labels speak for, 0 where they do not; an error that says what to pass."""
+    numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
+    highest = numbers[np.isfinite(numbers)].max() if np.isfinite(numbers).any() else -1
+    if not 0 <= highest < MOST_CLASSES:
+        problems.append(Problem("number of classes", column=column, text="--nb_classes is missing, and the column does "
+                                "not tell it", remedy="number the classes from 0 and pass --nb_classes"))
+        return 0
+    count = 2 if column == "binary_label" else max(2, int(highest) + 1)
+    problems.append(Problem("number of classes", column=column, text=f"--nb_classes is missing; the CSV has labels "
+                            f"0..{int(highest)}", remedy=f"pass --nb_classes {count}"))
+    return count
+
+
+def _name_image_column(frame: pd.DataFrame, image_column: str, problems: list[Problem]) -> pd.DataFrame:
+    """The named column as ``image``."""
+    if image_column not in frame:
+        remedy = f"add a column named {image_column}" + ("" if image_column == "image" else ", or pass the right "
+                                                         "--image_key")
+        problems.append(missing_column(frame, image_column, remedy))
+        return frame.drop(columns="image", errors="ignore")
+    if image_column == "image":
+        return frame
+    return frame.drop(columns="image", errors="ignore").rename(columns={image_column: "image"})
+
+
+def _read_classes(frame: pd.DataFrame, label_column: str | None, nb_classes: int, class_names_file: str | Path | None,
+                  problems: list[Problem]) -> tuple[str, ...]:
+    """Set ``label`` from its column, and name the classes."""
+    if label_column not in (None, "label") and "label" in frame:
+        frame["multiclass_label"] = frame["label"]
+    if label_column == LABELS:
+        return read_label_sets(frame, nb_classes, class_names_file, problems)
+    if label_column:
+        frame["label"] = check_labels(frame, label_column, nb_classes, problems)
+        if "split" in frame:
+            _check_train_classes(frame, nb_classes, label_column, problems)
+    return read_class_names(frame, nb_classes, class_names_file, problems) if nb_classes else ()
 
 
 def _check_splits(frame: pd.DataFrame, problems: list[Problem]) -> pd.Series:
@@ -222,12 +294,13 @@ def _check_train_classes(frame: pd.DataFrame, nb_classes: int, column: str, prob
 
 
 def check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], strict: bool,
-                  problems: list[Problem]) -> None:
+                  problems: list[Problem], *, told: str = "label") -> None:
     """One image in several rows: with two labels an error; in two splits or twice in one, a warning.
 
     A copy under another name is a warning where it crosses splits or labels (public sets have some).
 
-    Rows whose label or split is already reported as wrong say nothing here.
+    Rows whose label or split is already reported as wrong say nothing here. ``told`` is the column that says a row's
+    label in a message.
     """
     known = frame[frame["image"].notna() & frame["split"].isin(SPLITS) & (frame["label"] >= 0)]
     identity = known["image"].map(lambda name: os.path.realpath(root / name.replace("\0", "")))
@@ -236,7 +309,7 @@ def check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], stric
         lines = ", ".join(map(str, rows[ROW]))
         row = int(rows[ROW].iat[1])
         if rows["label"].nunique() > 1:
-            labels = " and ".join(map(str, sorted(rows["label"].unique())))
+            labels = " and ".join(map(str, rows.drop_duplicates("label").sort_values("label")[told].fillna("none")))
             problems.append(Problem("two labels", row=row, column="image", file=image,
                                     text=f"has labels {labels} in rows {lines}", remedy="keep the right row"))
         if rows["split"].nunique() > 1:
@@ -253,7 +326,7 @@ def check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], stric
     for _, rows in known.groupby(copies, sort=False):
         if identity[rows.index].nunique() > 1 and (rows["split"].nunique() > 1 or rows["label"].nunique() > 1):
             where = " and ".join(f"{image} ({split}, label {label}, row {row})" for image, split, label, row in
-                                 zip(rows["image"], rows["split"], rows["label"], rows[ROW], strict=True))
+                                 zip(rows["image"], rows["split"], rows[told].fillna("none"), rows[ROW], strict=True))
             problems.append(Problem("copied image", row=int(rows[ROW].iat[1]), column="image", warning=not strict,
                                     file=rows["image"].iat[1], text=f"one file under several names: {where}",
                                     remedy="keep one, in one split, with the right label"))

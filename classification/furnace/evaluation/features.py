@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from furnace.data.datasets import build_loader, subset_loader
-from furnace.data.manifest import ROW, Manifest
+from furnace.data.datasets import build_loader, refuse_broken, subset_loader
+from furnace.data.manifest import Manifest
 from furnace.data.transforms import build_transform
 from furnace.evaluation.feature_cache import ChunkWriter, FeatureCache, image_keys
 from furnace.runtime import distributed
@@ -166,7 +166,8 @@ def extract_features(backbone: torch.nn.Module, loader: DataLoader, *, device: t
                 writer.add(keys[images], batch)
 
         broken = _run(fast, loader, device, amp_dtype, keep, description) if len(mine) else []
-    _refuse_broken(distributed.gather_lists(broken), manifest)
+    if broken := distributed.gather_lists(broken):
+        refuse_broken(manifest, broken)
     _refuse_non_finite(distributed.gather_lists(bad), manifest, amp_dtype)
     if not alone:
         whole = distributed.gather_strided(out, len(missing))
@@ -188,7 +189,7 @@ def _run(backbone: torch.nn.Module, loader: DataLoader, device: torch.device, am
         for batch in loader:
             broken += batch.broken
             if batch.images is not None and not broken:
-                images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                images = batch.images.to(device, non_blocking=True, memory_format=_layout(batch.images))
                 output = forward(images)
                 keep(done, output.float().cpu().numpy())
                 done += len(output)
@@ -197,7 +198,7 @@ def _run(backbone: torch.nn.Module, loader: DataLoader, device: torch.device, am
 
 
 class _Forward:
-    """``(B, 3, H, W) -> (B, D)``, always by forward passes of one size; halves it when a GPU's memory is too small."""
+    """``(B, [V,] 3, H, W) -> (B, D)``, always by forward passes of one size; halves it when a GPU's memory is small."""
 
     def __init__(self, backbone: Callable[[torch.Tensor], torch.Tensor], size: int) -> None:
         self.backbone, self.size = backbone, size
@@ -220,17 +221,13 @@ class _Forward:
         if not lacking:
             return self.backbone(part)
         filled = torch.cat([part, part.new_zeros(lacking, *part.shape[1:])])
-        filled = filled.contiguous(memory_format=torch.channels_last)
+        filled = filled.contiguous(memory_format=_layout(filled))
         return self.backbone(filled)[:len(part)]
 
 
-def _refuse_broken(broken: list[tuple[int, str]], manifest: Manifest) -> None:
-    if not broken:
-        return
-    broken = sorted(broken)
-    lines = [f"  row {manifest.frame[ROW].iat[i]}, {manifest.path_of(i)}: {reason}" for i, reason in broken]
-    raise UserError(f"{len(broken)} image{'s' if len(broken) > 1 else ''} cannot be decoded:\n" + "\n".join(lines) +
-                    "\n  Copy or download them again, or delete their rows.")
+def _layout(images: torch.Tensor) -> torch.memory_format:
+    """Channels last for (B, 3, H, W); (B, V, 3, H, W) has no such layout, ``data.tta.ViewMean`` makes it."""
+    return torch.channels_last if images.ndim == 4 else torch.contiguous_format
 
 
 def _refuse_non_finite(bad: list[int], manifest: Manifest, amp_dtype: str) -> None:

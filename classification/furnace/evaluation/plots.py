@@ -71,7 +71,7 @@ def plot_confusion(path: Path, y_true: np.ndarray, probabilities: np.ndarray, cl
     cell, letters = next((inches, points) for most, inches, points in CELLS if k <= most)
     cell = max(cell, 3.4 / k)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(3.2 + cell * k, 2 + cell * k)
+        figure, axes = new_figure(3.2 + cell * k, 2 + cell * k)
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for i, j in np.argwhere(counts) if letters else ():
             text = f"{counts[i, j]}\n{_percent(shares[i, j])}" if cell >= 0.8 else f"{counts[i, j]}"
@@ -90,7 +90,7 @@ def plot_confusion(path: Path, y_true: np.ndarray, probabilities: np.ndarray, cl
         axes.tick_params(which="both", length=0, labelsize=STYLE["font.size"] if letters else 7)
         axes.set_title(f"{np.trace(counts)} of {counts.sum()} correct ({np.trace(counts) / counts.sum():.1%})")
         figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8, aspect=25, format="{x:.0%}")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def roc_curves(y_true: np.ndarray, probabilities: np.ndarray) -> list[Curve]:
@@ -135,11 +135,11 @@ def plot_roc(path: Path, y_true: np.ndarray, probabilities: np.ndarray, class_na
     """ROC of each class against the rest, their mean in black, the AUROC in the legend."""
     curves = roc_curves(y_true, probabilities)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(5.0 if len(curves) == 1 else 8.2, 5.0)
+        figure, axes = new_figure(5.0 if len(curves) == 1 else 8.2, 5.0)
         axes.plot([0, 1], [0, 1], color="#808080", linewidth=1, linestyle=":")
         _draw_curves(axes, curves, class_names, steps=False)
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", title=_title("ROC", "AUROC", curves))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_precision_recall(path: Path, y_true: np.ndarray, probabilities: np.ndarray,
@@ -147,13 +147,13 @@ def plot_precision_recall(path: Path, y_true: np.ndarray, probabilities: np.ndar
     """Precision over recall of each class against the rest, their mean in black, average precision in the legend."""
     curves = precision_recall_curves(y_true, probabilities)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(5.0 if len(curves) == 1 else 8.2, 5.0)
+        figure, axes = new_figure(5.0 if len(curves) == 1 else 8.2, 5.0)
         if len(curves) == 1:
             axes.axhline(np.mean(y_true), color="#808080", linewidth=1, linestyle=":")
             axes.text(1, np.mean(y_true), "share of the class", ha="right", va="bottom", fontsize=8, color="#606060")
         _draw_curves(axes, curves, class_names, steps=True)
         axes.set(xlabel="recall", ylabel="precision", title=_title("Precision and recall", "AP", curves))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _one_vs_rest(y_true: np.ndarray, probabilities: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -203,7 +203,7 @@ def plot_reliability(path: Path, y_true: np.ndarray, probabilities: np.ndarray,
                      calibrated: np.ndarray | None = None) -> Figure:
     """Accuracy over confidence with 95 % Wilson intervals, and below it how many images have which confidence."""
     with matplotlib.rc_context(STYLE):
-        figure, (axes, below) = _figure(5.4, 6.2, nrows=2, sharex=True, height_ratios=(3, 1))
+        figure, (axes, below) = new_figure(5.4, 6.2, nrows=2, sharex=True, height_ratios=(3, 1))
         axes.plot([0, 1], [0, 1], color="#808080", linewidth=1, linestyle=":")
         series = [("as predicted" if calibrated is not None else "model", probabilities, PALETTE[0], "o")]
         if calibrated is not None:
@@ -227,7 +227,7 @@ def plot_reliability(path: Path, y_true: np.ndarray, probabilities: np.ndarray,
         axes.grid(color="#EBEBEB")
         below.set(xlabel="confidence (probability of the predicted class)", ylabel="share")
         below.yaxis.set_major_formatter("{x:.0%}")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def wilson_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +247,7 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, metrics: Sequence[str
         metrics: the columns, a panel each.
     """
     with matplotlib.rc_context(STYLE):
-        figure, panels = _figure(4.4 * len(metrics), 4.2, ncols=len(metrics), squeeze=False)
+        figure, panels = new_figure(4.4 * len(metrics), 4.2, ncols=len(metrics), squeeze=False)
         for axes, name, colour in zip(panels[0], metrics, PALETTE, strict=False):
             runs = table[table[name].notna()]
             groups = runs.groupby("percent_data")[name]
@@ -264,7 +264,7 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, metrics: Sequence[str
             axes.set(xlabel="train images used (%)", ylabel=name,
                      title=f"{name}: mean and SD of {count} seed{'s' if count != '1' else ''}")
             axes.grid(color="#EBEBEB")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_scatter(path: Path, xy: np.ndarray, values: np.ndarray | None, *, title: str, column: str) -> Figure:
@@ -281,14 +281,14 @@ def plot_scatter(path: Path, xy: np.ndarray, values: np.ndarray | None, *, title
     xy = np.asarray(xy)
     size = float(np.clip(30_000 / max(len(xy), 1), 2, 30))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.4 if values is not None else 5.6, 5.6)
+        figure, axes = new_figure(7.4 if values is not None else 5.6, 5.6)
         if values is None:
             axes.scatter(*xy.T, s=size, color=PALETTE[0], alpha=0.7, linewidth=0)
         else:
             _draw_values(axes, xy, pd.Series(np.asarray(values, dtype=object)), size, column)
         axes.set(title=_shorten(title, 60), xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color="#BBBBBB")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _draw_values(axes: Axes, xy: np.ndarray, values: pd.Series, size: float, column: str) -> None:
@@ -336,14 +336,14 @@ def _shorten(name: object, width: int) -> str:
     return f"{lines[0]}\n… {end}"
 
 
-def _figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
     """A figure of so many inches with its axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(**subplots)
 
 
-def _save(figure: Figure, path: Path) -> Figure:
+def save_figure(figure: Figure, path: Path) -> Figure:
     with files.atomic_write(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})
     return figure

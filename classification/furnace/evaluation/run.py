@@ -1,7 +1,7 @@
 """The run directory of an evaluation: one folder per data set, backbone and set of options."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ NOT_IN_FINGERPRINT = {"config", "csv_path", "root_path", "class_names", "pretrai
 
 
 def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest, provenance: Provenance, *,
-                        also: dict[str, Any] | None = None, left_out: Iterable[str] = ()) -> RunDirectory:
+                        also: dict[str, Any] | None = None, left_out: Iterable[str] = (),
+                        folder: Callable[[str], Path] | None = None) -> RunDirectory:
     """The folder ``output_dir/<data set>/<model>_<first 8 of the fingerprint>``, new or continued.
 
     Args:
@@ -30,13 +31,15 @@ def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest,
         provenance: the backbone.
         also: what else decides the numbers.
         left_out: options besides NOT_IN_FINGERPRINT that cannot change the numbers.
+        folder: another folder, from the first 8 of the fingerprint.
     """
     left_out = NOT_IN_FINGERPRINT | set(left_out)
     parts = {"task": task, **{key: value for key, value in settings.items() if key not in left_out}, **(also or {}),
              "csv_sha256": manifest.sha256, "images_digest": manifest.images_digest,
              "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
-    model = files.folder_name(settings["model"])
-    path = Path(settings["output_dir"]) / manifest.name / f"{model}_{fingerprint(parts)[:8]}"
+    mark = fingerprint(parts)[:8]
+    path = Path(settings["output_dir"]) / manifest.name / f"{files.folder_name(settings['model'])}_{mark}" \
+        if folder is None else folder(mark)
     files.check_space(path, 2**20 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
     return open_run(path, parts=parts, overwrite=settings["overwrite"],
                     auto_resume=not settings["no_auto_resume"],

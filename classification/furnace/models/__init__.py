@@ -8,6 +8,8 @@ what has a name here.
 import hashlib
 import importlib.util
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,26 @@ import torch
 from torch import nn
 
 from furnace.models import dermino, panderm
-from furnace.models.loading import LoadReport, load_backbone, load_state
+from furnace.models.loading import WRAPPERS, LoadReport, asked_rules, load_backbone, load_state
 from furnace.runtime.files import CheckpointError, UserError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 RANDOM = "random"  # as a checkpoint: leave the weights at their seeded start, the baseline of every comparison
+
+
+# what the scripts call timm's constructor arguments
+FLAGS = {"drop_rate": "--drop", "proj_drop_rate": "--drop", "pos_drop_rate": "--drop", "drop_path_rate": "--drop_path",
+         "attn_drop_rate": "--attn_drop_rate", "init_values": "--layer_scale_init_value", "global_pool": "the pooling",
+         "ls_init_value": "--layer_scale_init_value", "use_rel_pos_bias": "relative positions"}
+
+
+class OptionError(UserError):
+    """An architecture does not take a constructor argument; ``option`` names it."""
+
+    def __init__(self, message: str, option: str) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 @dataclass(frozen=True)
@@ -87,8 +103,9 @@ def list_backbones() -> list[str]:
     return list(ENTRIES)
 
 
-def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_size: int = 224,
-                    seed: int = 0) -> nn.Module:
+def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_size: int = 224, seed: int = 0,
+                    options: Mapping[str, Any] | None = None, model_keys: Sequence[str] | None = None,
+                    prefix: str = "") -> nn.Module:
     """Build a backbone with its weights, in eval mode, every weight accounted for.
 
     Args:
@@ -97,48 +114,55 @@ def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_si
             (timm's, the hub's, the demo package's); ``"random"`` leaves it untrained, for a baseline.
         input_size: side of the square images in pixels; position tables are resampled to it.
         seed: of the random weights.
+        options: further arguments of timm's constructor (drop_path_rate, global_pool, ...).
+        model_keys: the keys under which a checkpoint may hold the state dict, tried in this order.
+        prefix: what stands before the backbone's keys in the file; "" finds the best one.
 
     Returns:
-        A module ``(B, 3, input_size, input_size) -> (B, D)`` float features, with ``num_features`` (D) and
-        ``provenance`` (Provenance).
+        A module ``(B, 3, input_size, input_size) -> (B, D)`` float features, with ``num_features`` (D),
+        ``provenance`` (Provenance) and ``recipe`` (timm's architecture and all arguments that built it).
 
     Raises:
-        UserError: unknown name, no weights to be had, or a checkpoint that does not fit.
+        UserError: unknown name, an option that the architecture does not take (OptionError), no weights to be had, or
+            a checkpoint that does not fit.
     """
     name = name.strip()
     checkpoint = str(checkpoint).strip() if checkpoint else None
-    entry = _entry_of(name)
+    entry = entry_of(name)
     if name == "imgnet_large21k" and checkpoint and timm.is_model(checkpoint):
         entry, checkpoint = Entry(checkpoint, download=True, evaluation=entry.evaluation), None  # published use
+    options = dict(options or {})
+    asked = asked_rules(options)
+    wrappers = tuple(model_keys or WRAPPERS)
     if checkpoint == RANDOM:
-        model = _build(entry, input_size, seed=seed)
+        model = _build(entry, input_size, seed=seed, options=options)
         weights, file, report = "random", f"seed {seed}", LoadReport(matched=())
-        digest = _hash_state(model)
+        digest = hash_state(model)
     elif checkpoint:
+        model = _build(entry, input_size, options=options)
         read = read_checkpoint(checkpoint)
-        model = _build(entry, input_size)
         weights, file, digest = "file", str(read.path), read.sha256
-        report = load_backbone(model, read, name)
+        report = load_backbone(model, read, name, asked=asked, wrappers=wrappers, prefix=prefix)
     elif name == "demo":
-        model = _build(entry, input_size)
+        model = _build(entry, input_size, options=options)
         read = read_checkpoint(_demo_file())
         weights, file, digest = "package", read.path.name, read.sha256
-        report = load_state(model, _in_order(read.content, model), name=name, source=file)
+        report = load_state(model, _in_order(read.content, model), name=name, source=file, asked=asked)
     elif entry.download:
-        model, report = _download(entry, input_size, name)
-        weights, file, digest = "hub", entry.architecture, _hash_state(model)
+        model, report = _download(entry, input_size, name, options)
+        weights, file, digest = "hub", entry.architecture, hash_state(model)
     else:
         raise CheckpointError(f"--model {name} needs --pretrained_checkpoint FILE: "
                               f"{entry.hint or 'timm has no weights for it'}. "
                               f"For an untrained baseline pass --pretrained_checkpoint {RANDOM}")
     _check_forward(model, name, input_size)
     model.provenance = Provenance(name=name, weights=weights, file=file, sha256=digest, report=report,
-                                  data_config=_data_config(model, entry, input_size))
+                                  data_config=data_config_of(model, entry, input_size))
     logger.info("backbone %s (%s): %s", name, file, report.summary() if report.matched else "untrained, random weights")
     return model
 
 
-def _entry_of(name: str) -> Entry:
+def entry_of(name: str) -> Entry:
     """Look a name up; ``timm:`` and ``hf-hub:`` names get an entry made for them."""
     if name in ENTRIES:
         return ENTRIES[name]
@@ -157,20 +181,51 @@ def _entry_of(name: str) -> Entry:
     raise UserError(f"--model {name!r} is unknown: use {', '.join(ENTRIES)}, timm:NAME or hf-hub:OWNER/NAME{hint}")
 
 
-def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: bool = False) -> nn.Module:
+def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: bool = False,
+           options: dict[str, Any] | None = None) -> nn.Module:
     """An architecture without a head; transformers with a fixed grid are built for ``input_size``."""
-    fixed = _takes_image_size(entry.architecture)
-    sized = {"img_size": input_size} if fixed and input_size is not None else {}
+    architecture, arguments = entry.architecture, dict(options or {})
+    if _takes_image_size(architecture) and input_size is not None:
+        arguments = {"img_size": input_size, **arguments}
+    model = build_architecture(architecture, arguments, seed=seed, pretrained=pretrained)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    sides = timm.layers.to_2tuple(patch) if patch is not None and "img_size" in arguments else ()
+    if any(input_size % side for side in sides):
+        raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: it must be a multiple of the "
+                        f"patch size {patch}")
+    if architecture.startswith("hf-hub:"):  # so that the recipe builds the same without the hub
+        _, architecture, own = _load_hub_config(architecture)
+        arguments = {key: value for key, value in {**(own or {}), **arguments}.items() if key != "num_classes"}
+    model.recipe = {"architecture": architecture, "arguments": arguments}
+    return model
+
+
+def build_architecture(architecture: str, arguments: Mapping[str, Any], *, num_classes: int = 0, seed: int = 0,
+                       pretrained: bool = False) -> nn.Module:
+    """timm's model in eval mode, its random weights drawn from ``seed`` alone.
+
+    Raises:
+        UserError: the architecture does not take one of the arguments (OptionError) or its value.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         try:
-            model = timm.create_model(entry.architecture, pretrained=pretrained, num_classes=0, **sized)
-        except AssertionError as error:
-            raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: {error}") from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if sized and patch is not None and any(input_size % side for side in timm.layers.to_2tuple(patch)):
-        raise UserError(f"--input_size {input_size} does not suit {entry.architecture}: it must be a multiple of the "
-                        f"patch size {patch}")
+            model = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
+        except TypeError as error:
+            found = re.search(r"argument '(\w+)'", str(error))
+            if found is None or found[1] not in arguments:
+                raise
+            option = found[1]
+            raise OptionError(f"--model {architecture} does not take {option} ({FLAGS.get(option, option)}, "
+                              f"{arguments[option]!r} was given): leave it out (0 where it is a rate), or take another "
+                              "--model", option) from error
+        except (AssertionError, ValueError) as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if key != "img_size")
+            if isinstance(error, ValueError) and not given:
+                raise
+            size = f"--input_size {arguments['img_size']}" if "img_size" in arguments else ""
+            what = " or ".join(filter(None, (size, given)))
+            raise UserError(f"{what or 'that'} does not suit {architecture}: {error or 'timm refuses it'}") from error
     return model.eval()
 
 
@@ -214,7 +269,7 @@ def _load_hub_config(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
                         "model and pass them with --model timm:NAME --pretrained_checkpoint FILE") from error
 
 
-def _download(entry: Entry, input_size: int, name: str) -> tuple[nn.Module, LoadReport]:
+def _download(entry: Entry, input_size: int, name: str, options: dict[str, Any]) -> tuple[nn.Module, LoadReport]:
     """Fetch timm's weights at the model's own size and bring them to ``input_size`` the way a local file would be."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -224,12 +279,12 @@ def _download(entry: Entry, input_size: int, name: str) -> tuple[nn.Module, Load
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"--model {name}: its weights could not be downloaded ({reason}). On a machine without "
                               "network, fetch the file elsewhere and pass --pretrained_checkpoint FILE") from error
-    model = _build(entry, input_size)
-    report = load_state(model, native.state_dict(), name=name, source=entry.architecture)
+    model = _build(entry, input_size, options=options)
+    report = load_state(model, native.state_dict(), name=name, source=entry.architecture, asked=asked_rules(options))
     return model, report
 
 
-def _data_config(model: nn.Module, entry: Entry, input_size: int) -> dict[str, Any]:
+def data_config_of(model: nn.Module, entry: Entry, input_size: int) -> dict[str, Any]:
     """The model's own evaluation transform, with the entry's replacements, at ``input_size``."""
     config = {**timm.data.resolve_model_data_config(model), **entry.evaluation}
     config["input_size"] = (3, input_size, input_size)
@@ -237,7 +292,8 @@ def _data_config(model: nn.Module, entry: Entry, input_size: int) -> dict[str, A
             for key in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")}
 
 
-def _hash_state(model: nn.Module) -> str:
+def hash_state(model: nn.Module) -> str:
+    """Hex SHA-256 over the names and bytes of a model's tensors."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode())

@@ -7,7 +7,9 @@ half-loaded weights gives numbers that look real.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ State = dict[str, torch.Tensor]
 
 WRAPPERS = ("model", "module", "state_dict", "teacher")
 PREFIX_PARTS = ("module.", "_orig_mod.", "teacher.", "model.", "backbone.", "encoder.")
+RELATIVE_TABLE = "relative_position_bias_table"
 ALWAYS_MAY_MISS = ("num_batches_tracked",)  # a counter that no forward pass in eval mode reads
 
 
@@ -30,10 +33,38 @@ class LoadRules:
     Attributes:
         rename: key beginnings of the file and what the model calls them.
         may_miss: key endings that the file may lack.
+        may_drop: key endings that the file may have although the model's outputs would need them.
     """
 
     rename: dict[str, str] = field(default_factory=dict)
     may_miss: tuple[str, ...] = ()
+    may_drop: tuple[str, ...] = ()
+
+    def __or__(self, other: "LoadRules") -> "LoadRules":
+        """The rules of both."""
+        return LoadRules({**self.rename, **other.rename}, self.may_miss + other.may_miss,
+                         self.may_drop + other.may_drop)
+
+
+PLAIN = LoadRules()
+
+
+def asked_rules(options: Mapping[str, Any]) -> LoadRules:
+    """What a file may lack, or call differently, because the user asked for another form of the architecture.
+
+    Args:
+        options: of timm's constructor. ``init_values`` adds layer scales, ``use_rel_pos_bias`` relative positions,
+            and ``global_pool`` may move the pretrained final norm behind the pooling or back.
+    """
+    rules = LoadRules()
+    if options.keys() & {"init_values", "ls_init_value"}:
+        rules |= LoadRules(may_miss=(".gamma", ".gamma_1", ".gamma_2"))
+    if "use_rel_pos_bias" in options:
+        rules |= LoadRules(may_miss=(RELATIVE_TABLE,)) if options["use_rel_pos_bias"] else \
+            LoadRules(may_drop=(RELATIVE_TABLE,))
+    if "global_pool" in options:
+        rules |= LoadRules(rename={"norm.": "fc_norm.", "fc_norm.": "norm."})
+    return rules
 
 
 @dataclass(frozen=True)
@@ -64,34 +95,42 @@ class LoadReport:
         return text
 
 
-def load_backbone(model: nn.Module, file: CheckpointFile, name: str) -> LoadReport:
+def load_backbone(model: nn.Module, file: CheckpointFile, name: str, *, asked: LoadRules = PLAIN,
+                  wrappers: tuple[str, ...] = WRAPPERS, prefix: str = "") -> LoadReport:
     """Load a checkpoint file into ``model`` (a backbone without a head), strictly.
 
     Args:
         model: a timm model with ``num_classes=0``.
         file: what ``runtime.files.read_checkpoint`` returned.
         name: what the user asked for, for messages.
+        asked: see ``asked_rules``.
+        wrappers: the keys under which the state dict may lie, in this order.
+        prefix: what stands before the backbone's keys; "" finds the best one.
 
     Raises:
         CheckpointError: no state dict inside, or a backbone tensor is missing, misshapen or not finite; the message
             says what the file seems to be.
     """
-    state = unwrap(file.content)
+    state = unwrap(file.content, wrappers)
     if not state:
         raise CheckpointError(f"checkpoint {file.path} has no tensors under "
-                              f"{', '.join(WRAPPERS)} or at its top level: is it a model checkpoint?")
-    return load_state(model, state, name=name, source=str(file.path))
+                              f"{', '.join(wrappers)} or at its top level: is it a model checkpoint?")
+    if prefix and not any(key.startswith(prefix) for key in state):
+        raise CheckpointError(f"checkpoint {file.path} has no key that begins with {prefix!r} (it has "
+                              f"{', '.join(list(state)[:3])}, ...): leave --model_prefix empty to find it")
+    return load_state(model, state, name=name, source=str(file.path), asked=asked, prefix=prefix)
 
 
-def load_state(model: nn.Module, state: State, *, name: str, source: str) -> LoadReport:
+def load_state(model: nn.Module, state: State, *, name: str, source: str, asked: LoadRules = PLAIN,
+               prefix: str = "") -> LoadReport:
     """Load a state dict into ``model``; see ``load_backbone``."""
-    rules = getattr(model, "load_rules", LoadRules())
+    rules = getattr(model, "load_rules", PLAIN) | asked
     target = model.state_dict()
     state = translate(state, target)
-    prefix = best_prefix(state, target, rules)
+    prefix = prefix or best_prefix(state, target, rules)
     bare = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
     others = [key for key in state if not key.startswith(prefix)]
-    renamed = {_rename(key, rules, target): value for key, value in bare.items()}
+    renamed = {_rename(key, rules, target, bare): value for key, value in bare.items()}
     renamed, resampled = resample_positions(renamed, model, target)
 
     found = {key: value for key, value in renamed.items() if key in target}
@@ -108,6 +147,7 @@ def load_state(model: nn.Module, state: State, *, name: str, source: str) -> Loa
             f"checkpoint {source} does not fit: this looks like {describe_state(bare)}; you asked for {name}. It has "
             f"{len(deeper)} tensors of layers that {name} lacks ({', '.join(deeper[:4])}, ...): a deeper "
             "network of the same widths. Nothing was loaded.")
+    refuse_lost_positions(renamed, target, rules, name=name, source=source)
     broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CheckpointError(f"checkpoint {source}: {len(broken)} tensors hold NaN or infinity ({broken[0]}, ...): "
@@ -115,6 +155,15 @@ def load_state(model: nn.Module, state: State, *, name: str, source: str) -> Loa
     model.load_state_dict(found, strict=False)
     return LoadReport(matched=tuple(found), missing=tuple(allowed), resampled=tuple(resampled), prefix=prefix,
                       unexpected=tuple([key for key in renamed if key not in target] + others))
+
+
+def refuse_lost_positions(state: State, target: State, rules: LoadRules, *, name: str, source: str) -> None:
+    """A file whose attention learned relative positions computes something else in a model without them."""
+    lost = [key for key, value in state.items() if key.startswith("blocks.") and key.endswith(RELATIVE_TABLE)
+            and key not in target and value.any()]
+    if lost and not any(key.endswith(rules.may_drop) for key in lost):
+        raise CheckpointError(f"checkpoint {source} has learned relative positions in {len(lost)} blocks, which {name} "
+                              "lacks: take PanDerm_Base_FT or PanDerm_Large_FT, or ask for relative positions")
 
 
 def _is_deeper(key: str, target: State) -> bool:
@@ -141,8 +190,8 @@ def _refusal(name: str, source: str, looks_like: str, found: State, missing: lis
 
 # ------------------------------------------------------------------------------------------------------ finding keys
 
-def unwrap(content: object) -> State:
-    """The state dict inside a checkpoint: flat, or under model, module, state_dict or teacher (nested ones too).
+def unwrap(content: object, wrappers: tuple[str, ...] = WRAPPERS) -> State:
+    """The state dict inside a checkpoint: flat, or under one of ``wrappers``, the first that is there (nested, too).
 
     Returns:
         The tensors by key; empty when there are none.
@@ -150,8 +199,9 @@ def unwrap(content: object) -> State:
     while isinstance(content, dict):
         tensors = {key: value for key, value in content.items()
                    if isinstance(key, str) and isinstance(value, torch.Tensor)}
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]]
-        if not inner or (tensors and len(unwrap(inner[0])) <= len(tensors)):  # a counter may lie beside the wrapper
+        inner = [content[key] for key in wrappers if isinstance(content.get(key), dict) and content[key]]
+        # a counter may lie beside the wrapper
+        if not inner or (tensors and len(unwrap(inner[0], wrappers)) <= len(tensors)):
             return tensors
         content = inner[0]
     return {}
@@ -172,12 +222,12 @@ def best_prefix(state: State, target: State, rules: LoadRules) -> str:
     return max(votes, key=lambda prefix: votes[prefix])
 
 
-def _rename(key: str, rules: LoadRules, target: State) -> str:
-    """Apply the model's renamings to a key that the model does not know as it stands."""
+def _rename(key: str, rules: LoadRules, target: State, present: Mapping[str, Any] | None = None) -> str:
+    """Apply the model's renamings to a key that the model does not know as it stands, unless the new name is there."""
     if key in target:
         return key
     for old, new in rules.rename.items():
-        if key.startswith(old):
+        if key.startswith(old) and new + key[len(old):] not in (present or {}):
             return new + key[len(old):]
     return key
 

@@ -13,7 +13,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.beit import Beit
 
-from furnace.models.loading import LoadRules
+from furnace.models.loading import RELATIVE_TABLE, LoadRules
 
 # The published evaluation: shorter side to 256 (bilinear), centre crop 224. The first std is 0.228 and not ImageNet's
 # 0.229: the published numbers were made with it, so it is kept.
@@ -54,10 +54,10 @@ class PanDerm(Beit):
 
     @property
     def load_rules(self) -> LoadRules:
-        """FT puts the pretrained final norm behind the pooling and starts its relative positions at zero."""
-        if isinstance(self.fc_norm, torch.nn.Identity):
-            return LoadRules()
-        return LoadRules(rename={"norm.": "fc_norm."}, may_miss=("relative_position_bias_table",))
+        """A norm behind the pooling takes the pretrained final norm; relative positions start at zero."""
+        behind = not isinstance(self.fc_norm, torch.nn.Identity)
+        relative = self.blocks[0].attn.relative_position_bias_table is not None
+        return LoadRules(rename={"norm.": "fc_norm."} if behind else {}, may_miss=(RELATIVE_TABLE,) if relative else ())
 
 
 def _create_panderm(variant: str, pretrained: bool, **kwargs: Any) -> PanDerm:

@@ -79,6 +79,13 @@ def gather_lists(items: list[T]) -> list[T]:
     return [item for part in parts for item in part]
 
 
+def share_buffers(module: torch.nn.Module) -> None:
+    """Give every process the main process's buffers (batch statistics): they are not averaged while training."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def gather_strided(local: np.ndarray, total: int) -> np.ndarray | None:
     """Put rows together that were dealt out like cards: row ``i`` of the whole lay in process ``i % world_size``.
 

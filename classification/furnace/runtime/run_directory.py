@@ -5,6 +5,7 @@ fingerprint is continued, or, when finished, answered from; one with another fin
 user says ``--overwrite``.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from furnace.runtime import files
+from furnace.runtime import distributed, files
 from furnace.runtime.files import OutputError, UserError
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
@@ -62,11 +63,22 @@ class RunDirectory:
         files.write_table(path, table)
         return path
 
+    def write_tensors(self, name: str, content: dict[str, Any]) -> None:
+        """Write tensors and plain values for ``runtime.files.read_checkpoint``, whole or not at all."""
+        import torch
+
+        with files.atomic_write(self.path / name) as file:
+            torch.save(content, file)
+
     def write_log(self, entry: dict[str, Any]) -> None:
         """Add one JSON object as a line of log.txt."""
         path = self.path / LOG
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         files.write_text(path, before + json.dumps(entry) + "\n")
+
+    def write_log_lines(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Write log.txt anew, a JSON object per line."""
+        files.write_text(self.path / LOG, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json. Its presence marks the run as finished, so it is written last."""
@@ -105,6 +117,7 @@ def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, 
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, not a folder: choose another --output_dir")
     present = [name for name in RUN_FILES if (path / name).exists()]
+    present += sorted(found.name for found in path.glob("checkpoint-*.pth"))
     if present and not (path / ENV).exists():
         raise OutputError(f"{path} holds {', '.join(present)} but no {ENV}, so it is not the folder of a run of this "
                           "toolkit; nothing was written: choose another --output_dir")
@@ -130,8 +143,8 @@ def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, 
 
 
 def child_runs(parent: RunDirectory, settings: Sequence[dict[str, Any]],
-               run_one: Callable[[RunDirectory, dict[str, Any]], dict[str, Any]], *,
-               overwrite: bool = False) -> list[dict[str, Any]]:
+               run_one: Callable[[RunDirectory, dict[str, Any]], dict[str, Any]], *, overwrite: bool = False,
+               together: bool = False) -> list[dict[str, Any]]:
     """The one loop over seeds, folds and fractions: each setting is a run directory inside the parent's.
 
     Args:
@@ -139,22 +152,25 @@ def child_runs(parent: RunDirectory, settings: Sequence[dict[str, Any]],
         settings: flat dictionaries such as ``{"percent_data": 0.1, "seed": 3}``; the folder is named after them.
         run_one: makes the run in its directory and returns its results; the child is finished when it has returned.
         overwrite: make finished children again.
+        together: every process is here and calls ``run_one``; otherwise the main process alone.
 
     Returns:
         The results of every child, in the order of ``settings``; those of finished children as they were stored.
     """
-    children = []  # opened before the first is made: an interrupted overwrite must not leave some of the old ones
-    for setting in settings:
-        name = "_".join(f"{key}_{value}" for key, value in setting.items())
-        children.append(open_run(parent.path / name, environment={"seed": setting.get("seed")}, overwrite=overwrite,
-                                 parts={**parent.parts, **setting, "parent": parent.fingerprint}))
+    on_main = distributed.on_main if together else lambda function: function()
+
+    def open_children() -> list[RunDirectory]:
+        return [open_run(parent.path / "_".join(f"{key}_{value}" for key, value in setting.items()),
+                         environment={"seed": setting.get("seed")}, overwrite=overwrite,
+                         parts={**parent.parts, **setting, "parent": parent.fingerprint}) for setting in settings]
+
+    children = on_main(open_children)  # before the first is made: an interrupted overwrite must not leave some old ones
     outcomes = []
     for child, setting in zip(children, settings, strict=True):
-        results = child.read_results()
-        if results is None:
-            child.write_results(run_one(child, setting))
-            results = child.read_results()
-        outcomes.append(results)
+        if on_main(child.read_results) is None:
+            results = run_one(child, setting)
+            on_main(functools.partial(child.write_results, results))
+        outcomes.append(on_main(child.read_results))
     return outcomes
 
 
