@@ -223,12 +223,19 @@ class _Fit:
             self.options.track(entry)
         stop = self._agree(torch.zeros(2, dtype=torch.float64))[1]
         self.busy = False
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in ({f"train {k}": v for k, v in means.items()} |
-                          {f"val {k}": v for k, v in metrics.items()}).items() if name in (
-                              "train loss", "val loss", f"val {self.options.monitor}", "val bacc", "val auroc"))
-        logger.info("epoch %d/%d: %s%s", state.epoch, self.options.epochs, shown, " (best so far)" if better and self.options.monitor else "")
+        self._say(means, metrics, better)
         if stop and state.epoch < self.options.epochs:
             raise Stopped(stop)
+
+    def _say(self, means: dict[str, float], metrics: dict[str, float], better: bool) -> None:
+        """A line for the eye."""
+        monitor = self.options.monitor
+        values = [("train loss", means.get("loss", math.nan))]
+        values += [(f"val {name}", metrics[name]) for name in dict.fromkeys(["loss", monitor, "bacc", "auroc"])
+                   if name in metrics]
+        logger.info("epoch %d/%d: %s%s", self.state.epoch, self.options.epochs,
+                    ", ".join(f"{name} {value:.4f}" for name, value in values),
+                    " (best so far)" if better and monitor else "")
 
     def _choose(self, metrics: dict[str, float]) -> bool:
         """Whether this epoch is the best so far; a metric that is not defined never is."""
