@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +48,25 @@ def small_set(folder: Path, *, classes: int = 3, per_split: dict[str, int] | Non
     draw_images(folder, [name for name, _, _ in rows])
     return write_csv(folder / "small.csv", image=[r[0] for r in rows], label=[r[1] for r in rows],
                      split=[r[2] for r in rows], patient_id=[f"P{i}" for i in range(len(rows))])
+
+
+# -------------------------------------------------------------------------------------------- the README's commands
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(?:bash|python|shell)\n(.*?)```", README, re.S)
+
+
+def block_with(text: str) -> str:
+    """The README's only code block that contains ``text``."""
+    found = [block for block in BLOCKS if text in block]
+    assert len(found) == 1, f"{len(found)} blocks of the README contain {text!r}"
+    return found[0]
+
+
+def words_of(command: str, substitutions: dict[str, str]) -> list[str]:
+    """The options of the README's only command with this beginning, some words replaced."""
+    lines = block_with(command).replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith(command)]
+    words = shlex.split(line.removeprefix(command.split(".py")[0] + ".py"))
+    assert set(substitutions) <= set(words), "the README's command has other words"
+    return [substitutions.get(word, word) for word in words]

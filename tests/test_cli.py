@@ -23,17 +23,7 @@ import extract_features
 import knn_eval
 import linear_eval
 import predict
-from helpers import ROOT, draw_images, golden_state, small_set, write_csv
-
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(?:bash|python|shell)\n(.*?)```", README, re.S)
-
-
-def block_with(text: str) -> str:
-    """The README's only code block that contains ``text``."""
-    found = [block for block in BLOCKS if text in block]
-    assert len(found) == 1, f"{len(found)} blocks of the README contain {text!r}"
-    return found[0]
+from helpers import BLOCKS, ROOT, block_with, draw_images, golden_state, small_set, words_of, write_csv
 
 
 def run(csv: Path, output: Path, *more: str, model: str = "demo", classes: int = 3) -> int:
@@ -115,15 +105,6 @@ def test_readme_demo_data(tmp_path) -> None:
                            "64"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH":
                                                                       str(ROOT / "classification")})
     assert done.returncode == 0 and len(pd.read_csv(tmp_path / "d" / "synthetic_lesions.csv")) == 24, done.stderr
-
-
-def words_of(command: str, substitutions: dict[str, str]) -> list[str]:
-    """The options of the README's only command with this beginning, some words replaced."""
-    lines = block_with(command).replace("\\\n", " ").splitlines()
-    (line,) = [line for line in lines if line.startswith(command)]
-    words = shlex.split(line.removeprefix(command.split(".py")[0] + ".py"))
-    assert set(substitutions) <= set(words), "the README's command has other words"
-    return [substitutions.get(word, word) for word in words]
 
 
 def test_readme_commands_beside_the_first(tmp_path, monkeypatch) -> None:
