@@ -68,7 +68,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: int | Draw) -> tuple[torch.Tensor | str, int]:
         draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key)
-        image, reason = _decode(self.load, self.manifest.path_of(draw.index))
+        image, reason = decode(self.load, self.manifest.path_of(draw.index))
         if reason is not None:
             return reason, draw.index
         if self.seed is None:
@@ -138,11 +138,18 @@ def build_train_loader(manifest: Manifest, transform: Transform, sampler: TrainS
         device: where the batches will go.
         pin_memory: for a cuda device.
     """
-    num_workers = _workers(num_workers, len(manifest))
+    return loader_of_draws(ImageDataset(manifest, transform, seed), sampler, plan=plan, seed=seed,
+                           num_workers=num_workers, device=device, pin_memory=pin_memory)
+
+
+def loader_of_draws(dataset: Dataset, sampler: TrainSampler, *, plan: BatchPlan, seed: int,
+                    collate_fn: Callable[[list], Batch] = collate, num_workers: int | None = None,
+                    device: torch.device | str = "cpu", pin_memory: bool = True) -> DataLoader:
+    """The training loader of any dataset that takes a ``Draw``; the options are those of ``build_train_loader``."""
+    num_workers = _workers(num_workers, len(dataset))
     own = torch.Generator().manual_seed(seed_of(seed, "loader"))  # else an epoch's start would draw from the global one
-    return DataLoader(ImageDataset(manifest, transform, seed), batch_size=plan.micro, sampler=sampler,
-                      num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_stop_signals,
-                      persistent_workers=num_workers > 0, generator=own,
+    return DataLoader(dataset, batch_size=plan.micro, sampler=sampler, num_workers=num_workers, collate_fn=collate_fn,
+                      worker_init_fn=ignore_stop_signals, persistent_workers=num_workers > 0, generator=own,
                       pin_memory=pin_memory and torch.device(device).type == "cuda")
 
 
@@ -198,10 +205,10 @@ def broken_files(manifest: Manifest) -> list[tuple[int, Path, str]]:
 
 
 def _reason(path: Path) -> str | None:
-    return _decode(load_rgb, path)[1]
+    return decode(load_rgb, path)[1]
 
 
-def _decode(load: Callable[[Path], Any], path: Path) -> tuple[Any, str | None]:
+def decode(load: Callable[[Path], Any], path: Path) -> tuple[Any, str | None]:
     """The image and None, or None and why it cannot be decoded."""
     try:
         return load(path), None

@@ -150,7 +150,7 @@ def read_manifest(csv_path: str | Path, root_path: str | Path | None = None, *, 
     groups = tuple(column for column in GROUP_COLUMNS if column in frame)
     if "split" in frame:
         for column in groups:
-            _check_group_leakage(frame, column, strict_split, problems)
+            check_group_leakage(frame, column, strict_split, problems)
     report([replace(problem, column=image_column) if problem.column == "image" else problem for problem in problems],
            csv_path=csv_path, folder=report_folder)
     first = ["image", "label", "split", ROW]
@@ -332,7 +332,7 @@ def check_repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], stric
                                     remedy="keep one, in one split, with the right label"))
 
 
-def _check_group_leakage(frame: pd.DataFrame, column: str, strict: bool, problems: list[Problem]) -> None:
+def check_group_leakage(frame: pd.DataFrame, column: str, strict: bool, problems: list[Problem]) -> None:
     """One patient (or lesion) in two splits; an empty id is a group of its own."""
     known = frame[frame[column].notna() & frame["split"].isin(SPLITS)]
     splits = known.groupby(column, sort=False)["split"].agg(lambda values: tuple(dict.fromkeys(values)))

@@ -137,7 +137,7 @@ def make_folds(manifest: Manifest, folds: int, seed: int) -> list[Manifest]:
 
 def _cut(images: Manifest, folds: int, seed: int) -> list[np.ndarray]:
     """The places of the images of each part."""
-    groups = _groups(images.frame, ("image", *images.group_columns))
+    groups = group_numbers(images.frame, ("image", *images.group_columns))
     number = len(np.unique(groups))
     grouped = number < len(images)
     what = f"{' or '.join(images.group_columns)} groups" if grouped and images.group_columns else "images"
@@ -156,7 +156,7 @@ def _cut(images: Manifest, folds: int, seed: int) -> list[np.ndarray]:
     return parts
 
 
-def _groups(frame: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
+def group_numbers(frame: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
     """(N,) numbers; rows that share an id in any of the columns, directly or over others, have the same."""
     rows, ids, known = [], [], 0
     for column in columns:

@@ -1,0 +1,94 @@
+"""Images with their masks as tensors, as a sampler draws them.
+
+For evaluation ``datasets.build_loader`` serves: a model sees images only, and its map is scored against the mask at the
+mask's own size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from furnace.data.datasets import Batch, decode, loader_of_draws
+from furnace.data.images import load_rgb
+from furnace.data.joint_transforms import JointTransform
+from furnace.data.masks import load_mask
+from furnace.data.samplers import Draw, TrainSampler
+from furnace.data.segmentation import SegmentationManifest
+from furnace.runtime.batch_plan import BatchPlan
+from furnace.runtime.seeding import seeded
+
+Item = tuple[torch.Tensor | str, torch.Tensor | None, int]
+
+
+@dataclass
+class SegmentationBatch(Batch):
+    """A Batch with masks: (B, h, w) int64 of 0, 1 and 255 (no truth there), or None as ``images`` is."""
+
+    masks: torch.Tensor | None
+
+    def pin_memory(self) -> "SegmentationBatch":
+        """Called by the loader before a copy to a GPU."""
+        super().pin_memory()
+        if self.masks is not None:
+            self.masks = self.masks.pin_memory()
+        return self
+
+
+class SegmentationDataset(Dataset):
+    """``dataset[i]`` is (image, mask, i), or (reason, None, i) where a file cannot be decoded.
+
+    Keys and seeds are those of ``ImageDataset``: the random numbers of a transform depend on (seed, epoch, position) of
+    a ``Draw``, or on (seed, 0, i) of an index, and on nothing else.
+    """
+
+    def __init__(self, manifest: SegmentationManifest, transform: JointTransform, seed: int | None = None) -> None:
+        self.manifest = manifest
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, key: int | Draw) -> Item:
+        draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key)
+        image, reason = decode(load_rgb, self.manifest.path_of(draw.index))
+        if reason is not None:
+            return reason, None, draw.index
+        mask, reason = decode(load_mask, self.manifest.mask_path_of(draw.index))
+        if reason is not None:
+            return f"its mask {self.manifest.frame['mask'].iat[draw.index]}: {reason}", None, draw.index
+        if self.seed is None:
+            return *self.transform(image, mask), draw.index
+        with seeded(self.seed, draw.epoch, draw.position):
+            return *self.transform(image, mask), draw.index
+
+
+def collate_with_masks(items: list[Item]) -> SegmentationBatch:
+    """Stack the good images and their masks, list the broken ones."""
+    good = [item for item in items if isinstance(item[0], torch.Tensor)]
+    broken = [(index, image) for image, _, index in items if isinstance(image, str)]
+    return SegmentationBatch(
+        images=torch.stack([image for image, _, _ in good]) if good else None,  # B x (3, h, w) -> (B, 3, h, w)
+        masks=torch.stack([mask for _, mask, _ in good]) if good else None,  # B x (h, w) -> (B, h, w)
+        indices=[index for _, _, index in good], broken=broken)
+
+
+def build_segmentation_loader(manifest: SegmentationManifest, transform: JointTransform, sampler: TrainSampler, *,
+                              plan: BatchPlan, seed: int, num_workers: int | None = None,
+                              device: torch.device | str = "cpu", pin_memory: bool = True) -> DataLoader:
+    """The training loader, from where ``loader.sampler.set_position`` says; as ``build_train_loader``, with masks.
+
+    Args:
+        manifest: the training images.
+        transform: from ``build_joint_transform``.
+        sampler: draws whole updates.
+        plan: the sampler's.
+        seed: of the augmentation.
+        num_workers: decoding processes, which live on between epochs; None picks.
+        device: where the batches will go.
+        pin_memory: for a cuda device.
+    """
+    return loader_of_draws(SegmentationDataset(manifest, transform, seed), sampler, plan=plan, seed=seed,
+                           collate_fn=collate_with_masks, num_workers=num_workers, device=device,
+                           pin_memory=pin_memory)
