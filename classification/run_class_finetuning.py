@@ -60,10 +60,11 @@ TEST_OPTIONS = {"model", "amp_dtype", "TTA", "tta_views", "seed", "bootstrap", "
 def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tune or test; returns the exit code."""
     args = parse(finetuning_parser(), argv)
+    given = dict(vars(args))  # args.yaml says what was asked for, so that -c args.yaml --seed 5 means it
     settle_options(args)
     manifest, external = read_data(args)
     if args.eval:
-        return test_checkpoint(args, manifest, external)
+        return test_checkpoint(args, given, manifest, external)
     options = FinetuningOptions(**{field.name: getattr(args, field.name)
                                    for field in dataclasses.fields(FinetuningOptions)})
     settings = settings_of(args.seeds, args.folds)
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not run.previous:  # a new run
         distributed.on_main(lambda: [require_decodable(images) for images in (manifest, external) if images])
     options = distributed.on_main(functools.partial(settle_precision, options, run, model))
-    distributed.on_main(lambda: run.write_arguments({**vars(args), "resolved_amp_dtype": options.amp_dtype}))
+    distributed.on_main(lambda: run.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype,
+                                                     "resolved_monitor": options.monitor}))
     built = [model]
     del model
 
@@ -183,7 +185,8 @@ def finetune(run: RunDirectory, setting: dict[str, Any], model: nn.Module, train
     return results
 
 
-def test_checkpoint(args: argparse.Namespace, manifest: Manifest, external: Manifest | None) -> int:
+def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: Manifest,
+                    external: Manifest | None) -> int:
     """``--eval``: test the checkpoint of ``--resume``."""
     classifier = load_classifier(args.resume)
     check_fit(classifier, manifest, model=args.model)
@@ -197,7 +200,7 @@ def test_checkpoint(args: argparse.Namespace, manifest: Manifest, external: Mani
     run = open_run_of(args, manifest, external, classifier.model.provenance)
     results = distributed.on_main(run.read_results)
     if not results:
-        distributed.on_main(lambda: run.write_arguments(vars(args)))
+        distributed.on_main(lambda: run.write_arguments(given))
         splits = {"val": manifest.split("val"), "test": manifest.split("test"), "external": external}
         results = score_splits(run, classifier, splits, testing_of(args, args.seed), data_set=args.data_set)
         distributed.on_main(lambda: run.write_results(results))

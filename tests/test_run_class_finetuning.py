@@ -93,6 +93,12 @@ def test_its_arguments_are_the_same_run(run, caplog) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "args.yaml"}
 
 
+def test_the_command_line_wins_over_its_arguments(run, capsys) -> None:
+    """--seed 5 behind -c args.yaml is another run, and is refused in this folder by that name."""
+    assert run_class_finetuning.main(["-c", str(run[1] / "args.yaml"), "--seed", "5"]) == 2
+    assert "seeds: [0] there, [5] now" in capsys.readouterr().err
+
+
 def test_switches_of_two_flags_come_back(tmp_path) -> None:
     """``sin_pos_emb: true`` in args.yaml is --sin_pos_emb, not the flag that turns it off."""
     switches = ("rel_pos_bias", "sin_pos_emb", "pin_mem", "save_ckpt", "no_auto_resume")
@@ -121,7 +127,7 @@ def test_two_classes(tmp_path) -> None:
     assert results_of(tmp_path / "run")["best_epoch"] == int(np.argmax(aurocs))
     val = pd.read_csv(tmp_path / "run" / "val.csv")
     assert max(aurocs) == pytest.approx(roc_auc_score(val["true_label"], val["probability"]))
-    assert "monitor: auroc\n" in (tmp_path / "run" / "args.yaml").read_text()
+    assert "resolved_monitor: auroc\n" in (tmp_path / "run" / "args.yaml").read_text()
 
 
 def test_a_class_absent_from_val(tmp_path, capsys) -> None:
