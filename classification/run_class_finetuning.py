@@ -13,12 +13,12 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from furnace.command_line import entry_point, logger, parse
+from furnace.data.datasets import require_decodable
 from furnace.data.external import read_external, warn_of_shared_images
 from furnace.data.manifest import Manifest, read_manifest
 from furnace.evaluation.report import metric_lines
@@ -51,16 +51,20 @@ NOT_IN_FINGERPRINT = {"data_path", "eval_data_path", "test_csv_path", "data_set"
                       "wandb_name", "exp_name", "log_dir", "enable_multi_print", "ood_eval", "dist_eval",
                       "imagenet_default_mean_and_std", "world_size", "local_rank", "dist_on_itp", "dist_url",
                       "enable_deepspeed"}
+# what a test depends on, and what open_evaluation_run reads
+TEST_OPTIONS = {"model", "amp_dtype", "TTA", "tta_views", "seed", "bootstrap", "resamples", "output_dir", "overwrite",
+                "no_auto_resume", "class_names", "image_key"}
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tune or test; returns the exit code."""
     args = parse(finetuning_parser(), argv)
+    given = dict(vars(args))  # args.yaml says what was asked for, so that -c args.yaml --seed 5 means it
     settle_options(args)
     manifest, external = read_data(args)
     if args.eval:
-        return test_checkpoint(args, manifest, external)
+        return test_checkpoint(args, given, manifest, external)
     options = FinetuningOptions(**{field.name: getattr(args, field.name)
                                    for field in dataclasses.fields(FinetuningOptions)})
     settings = settings_of(args.seeds, args.folds)
@@ -69,11 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_run_of(args, manifest, external, model.provenance)
     results = distributed.on_main(run.read_results)
     if results:
-        logger.info("this run is finished:")
+        logger.info("this run is finished%s:", "" if args.resume is None else f" (--resume {args.resume} is not read)")
         report(run, results)
         return 0
+    if not run.previous:  # a new run
+        distributed.on_main(lambda: [require_decodable(images) for images in (manifest, external) if images])
     options = distributed.on_main(functools.partial(settle_precision, options, run, model))
-    distributed.on_main(lambda: run.write_arguments({**vars(args), "resolved_amp_dtype": options.amp_dtype}))
+    distributed.on_main(lambda: run.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype,
+                                                     "resolved_monitor": options.monitor}))
     built = [model]
     del model
 
@@ -118,8 +125,11 @@ def settle_options(args: argparse.Namespace) -> None:
          "--resume continues one run: leave out --seeds and --folds"),
         (args.eval_data_path and not args.test_csv_path, "--eval_data_path is the folder of --test_csv_path's images"),
         (bool(args.test_csv_path) and multilabel, "--test_csv_path is not for --task multilabel"),
-        (args.opt_betas is not None and not all(0 <= beta < 1 for beta in args.opt_betas),
-         "--opt_betas are numbers in [0, 1)"),
+        (args.opt_betas is not None and max(args.opt_betas) == 1, "--opt_betas are numbers below 1"),
+        (args.cutmix_minmax is not None and
+         int(args.input_size * args.cutmix_minmax[0]) >= int(args.input_size * args.cutmix_minmax[1]),
+         "--cutmix_minmax is a lower and a higher bound, a pixel apart at least"),
+        (args.resume is not None and not args.resume.is_file(), f"--resume {args.resume} does not exist"),
     ]
     faults = [text for fault, text in wrong if fault]
     if faults:
@@ -145,14 +155,14 @@ def read_data(args: argparse.Namespace) -> tuple[Manifest, Manifest | None]:
 
 def open_run_of(args: argparse.Namespace, manifest: Manifest, external: Manifest | None,
                 provenance: Provenance) -> RunDirectory:
-    """``--output_dir`` itself for a training, a folder inside for a test."""
-    def folder(mark: str) -> Path:
-        return args.output_dir / f"eval_{mark}" if args.eval else args.output_dir
-
-    also = {"batch_size": args.batch_size, "processes": distributed.world_size(), "evaluation_only": args.eval,
-            "external": external and f"{external.sha256} {external.images_digest}"}
+    """``--output_dir`` itself for a training; for a test a folder inside, named by what the test depends on."""
+    settings = {key: value for key, value in vars(args).items() if not args.eval or key in TEST_OPTIONS}
+    also = {"label_task": args.task, "processes": distributed.world_size(), "batch_size": args.batch_size}
+    also = {"evaluation_only": args.eval, "external": external and f"{external.sha256} {external.images_digest}",
+            **({} if args.eval else also)}
     return distributed.on_main(lambda: open_evaluation_run(
-        TASK, vars(args), manifest, provenance, also=also, left_out=NOT_IN_FINGERPRINT, folder=folder))
+        TASK, settings, manifest, provenance, also=also, left_out=NOT_IN_FINGERPRINT,
+        folder=lambda mark: args.output_dir / f"eval_{mark}" if args.eval else args.output_dir))
 
 
 def finetune(run: RunDirectory, setting: dict[str, Any], model: nn.Module, train: Manifest,
@@ -175,10 +185,14 @@ def finetune(run: RunDirectory, setting: dict[str, Any], model: nn.Module, train
     return results
 
 
-def test_checkpoint(args: argparse.Namespace, manifest: Manifest, external: Manifest | None) -> int:
+def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: Manifest,
+                    external: Manifest | None) -> int:
     """``--eval``: test the checkpoint of ``--resume``."""
     classifier = load_classifier(args.resume)
     check_fit(classifier, manifest, model=args.model)
+    own = classifier.data_config["input_size"][-1]
+    if args.input_size not in (own, finetuning_parser().get_default("input_size")):
+        raise UserError(f"--input_size {args.input_size}: {args.resume} was trained with images of {own} pixels")
     if args.pretrained_checkpoint:
         logger.info("--pretrained_checkpoint is not read with --eval: %s has all weights", args.resume)
     if args.amp_dtype != "auto":
@@ -186,7 +200,7 @@ def test_checkpoint(args: argparse.Namespace, manifest: Manifest, external: Mani
     run = open_run_of(args, manifest, external, classifier.model.provenance)
     results = distributed.on_main(run.read_results)
     if not results:
-        distributed.on_main(lambda: run.write_arguments(vars(args)))
+        distributed.on_main(lambda: run.write_arguments(given))
         splits = {"val": manifest.split("val"), "test": manifest.split("test"), "external": external}
         results = score_splits(run, classifier, splits, testing_of(args, args.seed), data_set=args.data_set)
         distributed.on_main(lambda: run.write_results(results))

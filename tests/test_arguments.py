@@ -13,7 +13,7 @@ from furnace.arguments import (
 from furnace.command_line import entry_point, parse
 from furnace.finetuning_arguments import finetuning_parser
 from furnace.published import PUBLISHED
-from furnace.runtime.files import UserError
+from furnace.runtime.files import ProcessError, UserError
 
 PARSERS = {"linear_eval.py": linear_eval_parser, "predict.py": predict_parser, "knn_eval.py": knn_eval_parser,
            "extract_features.py": extract_features_parser, "evaluate_predictions.py": evaluate_predictions_parser,
@@ -120,3 +120,16 @@ def test_an_empty_path_is_refused(option: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(linear_eval_parser(), [*NEEDED, option, " "])
     assert ended.value.code == 2 and "the path is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error,told", [(UserError("give another file"), ""), (ProcessError("a.jpg is broken"),
+                                                                               "error: a.jpg is broken\n")])
+def test_helping_processes_tell_what_they_alone_know(error, told: str, monkeypatch, capsys) -> None:
+    """Under torchrun the main process tells the common mistakes, each process its own."""
+    monkeypatch.setenv("RANK", "1")
+
+    @entry_point
+    def mistake(argv) -> int:
+        raise error
+
+    assert mistake([]) == 2 and capsys.readouterr().err == told

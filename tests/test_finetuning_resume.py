@@ -88,7 +88,7 @@ def test_two_processes_are_one(tmp_path) -> None:
     csv = small_set(tmp_path, per_split={"train": 16, "val": 3, "test": 3})
     words = ["--drop_path", "0", "--mixup", "0", "--cutmix", "0"]
     assert start(csv, tmp_path / "one", *words, "--batch_size", "8") == 0
-    assert start(csv, tmp_path / "two", *words, "--batch_size", "4", processes=2) == 0
+    assert start(csv, tmp_path / "two", *words, "--batch_size", "2", "--update_freq", "2", processes=2) == 0
     one, two = final(tmp_path / "one"), final(tmp_path / "two")
     for key, value in one["model"].items():
         assert torch.allclose(value, two["model"][key], rtol=1e-4, atol=1e-5), key

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 
@@ -17,10 +18,12 @@ import linear_eval
 import predict
 import run_class_finetuning
 from furnace import finetuning
+from furnace.command_line import parse
 from furnace.data.samplers import TrainSampler
 from furnace.data.transforms import build_transform
 from furnace.evaluation.calibration import apply_temperature
 from furnace.evaluation.metrics import classification_metrics
+from furnace.finetuning_arguments import finetuning_parser
 from furnace.models import create_backbone, panderm
 from furnace.models.classifier import create_classifier, load_classifier
 from tiny_finetuning import (
@@ -28,15 +31,19 @@ from tiny_finetuning import (
     drawn_set,
     finetune,
     log_of,
+    no_plots,
+    one_thread,
     probabilities_of,
     read_stored_weights,
     results_of,
     values_of,
 )
 
+__all__ = ["no_plots", "one_thread"]  # fixtures that act on every test here
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, Path]:
+def run(tmp_path_factory, one_thread) -> tuple[Path, Path]:
     """(CSV, the folder of a finished run)."""
     folder = tmp_path_factory.mktemp("finetuning")
     csv = drawn_set(folder / "data", train=8, val=8)
@@ -68,7 +75,7 @@ def test_files_and_numbers(run) -> None:
     assert len(log) == 6 and [entry["update"] for entry in log] == [4, 8, 12, 16, 20, 24]
     assert results["best_epoch"] == int(np.argmax(accuracies)) and max(accuracies) > 0.5
     assert values_of(results["splits"]["val"])["acc"] == max(accuracies)
-    assert results["plan"] == {"micro": 6, "accumulation": 1, "world_size": 1, "steps_per_epoch": 4}
+    assert results["plan"] == {"micro": 6, "accumulation": 1, "world_size": 1, "steps_per_epoch": 4, "even": False}
     assert (results["train_images"], results["model"], results["tune"], results["setting"]) == (
         24, MODEL, "full", {"seed": 0})
     assert results["trained_parameters"] == sum(p.numel() for p in load_classifier(
@@ -84,6 +91,21 @@ def test_its_arguments_are_the_same_run(run, caplog) -> None:
     accuracy = results_of(out)["splits"]["test"]["metrics"]["acc"]["value"]
     assert "this run is finished" in caplog.text and f"acc           {accuracy:.4f}" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "args.yaml"}
+
+
+def test_the_command_line_wins_over_its_arguments(run, capsys) -> None:
+    """--seed 5 behind -c args.yaml is another run, and is refused in this folder by that name."""
+    assert run_class_finetuning.main(["-c", str(run[1] / "args.yaml"), "--seed", "5"]) == 2
+    assert "seeds: [0] there, [5] now" in capsys.readouterr().err
+
+
+def test_switches_of_two_flags_come_back(tmp_path) -> None:
+    """``sin_pos_emb: true`` in args.yaml is --sin_pos_emb, not the flag that turns it off."""
+    switches = ("rel_pos_bias", "sin_pos_emb", "pin_mem", "save_ckpt", "no_auto_resume")
+    for value in (True, False):
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(dict.fromkeys(switches, value)))
+        args = parse(finetuning_parser(), ["-c", str(tmp_path / "args.yaml"), "--model", "demo", "--csv_path", "x.csv"])
+        assert [getattr(args, name) for name in switches] == [value] * 5
 
 
 # -------------------------------------------------------------------------------------------------------- the data
@@ -105,7 +127,7 @@ def test_two_classes(tmp_path) -> None:
     assert results_of(tmp_path / "run")["best_epoch"] == int(np.argmax(aurocs))
     val = pd.read_csv(tmp_path / "run" / "val.csv")
     assert max(aurocs) == pytest.approx(roc_auc_score(val["true_label"], val["probability"]))
-    assert "monitor: auroc\n" in (tmp_path / "run" / "args.yaml").read_text()
+    assert "resolved_monitor: auroc\n" in (tmp_path / "run" / "args.yaml").read_text()
 
 
 def test_a_class_absent_from_val(tmp_path, capsys) -> None:
@@ -129,7 +151,7 @@ def test_fewer_images_than_a_batch(tmp_path, words: list[str], images: int, micr
     csv = drawn_set(tmp_path / "data", train=5)
     assert finetune(csv, tmp_path / "run", *words, batch_size="64") == 0
     plan = results_of(tmp_path / "run")["plan"]
-    assert plan == {"micro": micro, "accumulation": 1, "world_size": 1, "steps_per_epoch": 1}
+    assert plan == {"micro": micro, "accumulation": 1, "world_size": 1, "steps_per_epoch": 1, "even": bool(words)}
     assert [entry["update"] for entry in log_of(tmp_path / "run")] == [1, 2, 3]
     start = create_classifier(MODEL, "random", nb_classes=3, input_size=32, init_scale=1)
     best = read_stored_weights(tmp_path / "run" / "checkpoint-best.pth")
@@ -178,7 +200,7 @@ def test_external_test_set(run, tmp_path) -> None:
     assert values_of(results["splits"]["external"]) == pytest.approx(
         classification_metrics(table["true_label"], probabilities_of(table)), abs=1e-6, nan_ok=True)
     assert list(results["splits"]) == ["val", "test", "external"]
-    assert (tmp_path / "run" / "plots" / "external" / "roc.png").exists()
+    assert (tmp_path / "run" / "plots" / "external").is_dir()
 
 
 def test_several_labels(tmp_path) -> None:
@@ -423,7 +445,6 @@ def test_wrong_checkpoints(run, tmp_path, capsys) -> None:
         ([str(tmp_path / "renamed.pth"), "--class_names", str(named)], {}, "are nevus, melanoma, other; those of the "
          "data set are melanoma, nevus, other"),
         ([str(tmp_path / "backbone.pth")], {}, "is no fine-tuned classifier"),
-        ([str(out / "checkpoint-last.pth")], {}, "checkpoint-best.pth"),
         ([str(tmp_path / "text.pth")], {}, "text.pth"),
         ([str(tmp_path / "no.pth")], {}, "no.pth does not exist"),
     ):

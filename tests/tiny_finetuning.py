@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
 from PIL import Image
 
 import run_class_finetuning
+from furnace import finetuning_results
 from furnace.runtime.train_state import read_stored
 from helpers import write_csv
 
@@ -17,6 +20,23 @@ MODEL = "timm:test_vit"
 OPTIONS = {"model": MODEL, "pretrained_checkpoint": "random", "nb_classes": "3", "input_size": "32", "batch_size": "6",
            "epochs": "3", "warmup_epochs": "0", "lr": "1e-3", "init_scale": "1", "num_workers": "0", "device": "cpu",
            "amp_dtype": "fp32", "resamples": "100"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Faster for models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch) -> None:
+    """Half of the time of such runs; the fixtures of a module draw theirs."""
+    monkeypatch.setattr(run_class_finetuning, "plot_learning_curve", lambda *words, **options: None)
+    monkeypatch.setattr(finetuning_results, "draw_classification_plots",
+                        lambda folder, *words, **options: folder.mkdir(parents=True, exist_ok=True))
 
 
 def finetune(csv: Path, out: Path, *words: str, **options: str) -> int:
@@ -73,8 +93,6 @@ def end_of(run: Path) -> dict[str, Any]:
 
 def read_stored_weights(path: Path) -> dict[str, bytes]:
     """The bytes of every tensor of a chosen model."""
-    import torch
-
     return {key: value.numpy().tobytes() for key, value in torch.load(path, weights_only=True)["model"].items()}
 
 

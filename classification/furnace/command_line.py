@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from furnace.runtime import distributed
-from furnace.runtime.files import UserError
+from furnace.runtime.files import ProcessError, UserError
 from furnace.runtime.trainer import Stopped
 
 logger = logging.getLogger(__name__)  # of the entry scripts
@@ -95,7 +95,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if not isinstance(options, dict):
             raise UserError(f"-c {config} must hold lines such as 'model: PanDerm_Base_LP'")
         options = {key: value for key, value in options.items() if not str(key).startswith(RESOLVED)}
-        actions = {action.dest: action for action in parser._actions}
+        actions: dict[str, list[argparse.Action]] = {}
+        for action in parser._actions:
+            actions.setdefault(action.dest, []).append(action)
         unknown = sorted(set(map(str, options)) - set(actions))
         if unknown:
             raise UserError(f"-c {config} names unknown options: {', '.join(unknown)}")
@@ -104,8 +106,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return parser.parse_args(from_file + argv)
 
 
-def _as_arguments(action: argparse.Action, value: object, config: Path) -> list[str]:
-    """One YAML entry as command-line words, so that argparse checks it like any other."""
+def _as_arguments(actions: list[argparse.Action], value: object, config: Path) -> list[str]:
+    """One YAML entry as command-line words, so that argparse checks it like any other.
+
+    A switch may be of two flags, one for true and one for false.
+    """
+    action = actions[-1]
     if not action.option_strings:
         raise UserError(f"-c {config}: {action.dest} must stand on the command line, not in the file")
     flag = action.option_strings[-1]
@@ -114,7 +120,7 @@ def _as_arguments(action: argparse.Action, value: object, config: Path) -> list[
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"-c {config}: {action.dest} must be true or false, not {value!r}")
-        return [flag] if value else []
+        return [one.option_strings[-1] for one in actions if one.const is value]
     values = value if isinstance(value, list) else [value]
     return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *map(str, values)]
 
@@ -139,7 +145,7 @@ def entry_point(function: Callable[[Sequence[str] | None], int]) -> Callable[...
                 print(f"{stopped}; everything so far is saved, and the same command goes on", file=sys.stderr)
             return stopped.code
         except UserError as error:
-            if distributed_rank == 0:
+            if distributed_rank == 0 or isinstance(error, ProcessError):
                 print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

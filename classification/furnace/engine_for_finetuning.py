@@ -16,11 +16,13 @@ from torch import nn
 
 from furnace.data.datasets import Batch, build_loader, refuse_broken
 from furnace.data.manifest import Manifest
+from furnace.data.tta import TTAHandler as TTAHandler  # its views are in data/tta.py
 from furnace.data.tta import ViewMean
-from furnace.evaluation.features import extract_features
+from furnace.evaluation.features import NotFiniteError, extract_features
 from furnace.evaluation.metrics import classification_metrics
 from furnace.evaluation.multilabel import multilabel_metrics
 from furnace.runtime import distributed
+from furnace.runtime.files import UserError
 
 MONITORS = ("acc", "recall", "auroc", "bacc", "loss")  # of val, by which the best epoch may be chosen
 
@@ -129,7 +131,11 @@ def make_evaluate(manifest: Manifest, transform: Callable[..., torch.Tensor], **
         **how: further arguments of ``predict``.
     """
     def evaluate(model: nn.Module) -> dict[str, float]:
-        found = predict(model, manifest, transform, multilabel=manifest.multilabel, description="val", **how)
+        try:
+            found = predict(model, manifest, transform, multilabel=manifest.multilabel, description="val", **how)
+        except NotFiniteError as error:
+            raise UserError(f"the training has diverged: {str(error).split('(')[0].strip()}. Take a lower --lr, "
+                            "--clip_grad 1.0, a longer warm-up, or --amp_dtype fp32, with --overwrite") from error
         return distributed.on_main(lambda: val_metrics(manifest, found))
 
     return evaluate

@@ -74,7 +74,7 @@ class FinetuningOptions:
     model_ema_decay: float
     model_ema_force_cpu: bool
     opt: str
-    opt_eps: float
+    opt_eps: float | None
     opt_betas: list[float] | None
     momentum: float
     clip_grad: float | None
@@ -224,6 +224,7 @@ def train_once(run: RunDirectory, model: nn.Module, seed: int, train: Manifest, 
                         world_size=distributed.world_size(), even=options.mixes)
     schedules = build_schedules(options, plan)
     step = build_step(train, options, device)
+    state = build_state(model, options, plan)
     if device.type == "cuda":
         plan = _fit_into_memory(model, step, plan, schedules, config, options, device)
     transform = build_train_transform(config, color_jitter=options.color_jitter, auto_augment=options.aa,
@@ -235,7 +236,6 @@ def train_once(run: RunDirectory, model: nn.Module, seed: int, train: Manifest, 
     evaluate = None if monitor is None else make_evaluate(
         val, build_transform(config, crop_pct=options.crop_pct), device=device, amp_dtype=options.amp_dtype,
         batch_size=options.batch_size, num_workers=options.num_workers)
-    state = build_state(model, options, plan)
     best = fit(state, step, evaluate, loader, plan, schedules, run, options=FitOptions(
         epochs=options.epochs, seed=seed, device=device, amp_dtype=options.amp_dtype, clip=options.clip_grad,
         monitor=monitor, lower_is_better=monitor == "loss", early_stop=options.early_stop, save=options.save_ckpt,
@@ -261,7 +261,7 @@ def build_step(train: Manifest, options: FinetuningOptions, device: torch.device
 def build_schedules(options: FinetuningOptions, plan: BatchPlan) -> Schedules:
     """Learning rate, weight decay and, with an average, its decay, for every update."""
     updates = options.epochs * plan.steps_per_epoch
-    warmup = options.warmup_steps if options.warmup_steps >= 0 else int(options.warmup_epochs * plan.steps_per_epoch)
+    warmup = options.warmup_steps if options.warmup_steps > 0 else int(options.warmup_epochs * plan.steps_per_epoch)
     end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
     schedules = {"lr": cosine_schedule(options.lr, options.min_lr, updates=updates, warmup=warmup,
                                        warmup_start=options.warmup_lr),

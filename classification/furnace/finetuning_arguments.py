@@ -125,8 +125,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_optimiser(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
     group.add_argument("--opt", default="adamw", help="timm's name of it")
-    group.add_argument("--opt_eps", type=positive, default=1e-8, help="of Adam and the like")
-    group.add_argument("--opt_betas", type=float, nargs="+", default=None, help="of Adam and the like")
+    group.add_argument("--opt_eps", type=positive, default=None, help="of Adam and the like (AdamW's own: 1e-8)")
+    group.add_argument("--opt_betas", type=share, nargs=2, default=None, help="of Adam and the like")
     group.add_argument("--momentum", type=share, default=0.9, help="of SGD")
     group.add_argument("--clip_grad", type=positive, default=None, help="largest norm of the gradients; left out, any")
     group.add_argument("--weight_decay", type=not_negative, default=0.05, help="of weights, not of biases and norms")
@@ -139,7 +139,7 @@ def _add_optimiser(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup_lr", type=not_negative, default=0.0, help="rate at the start of the warm-up")
     group.add_argument("--min_lr", type=not_negative, default=1e-6, help="rate at the end of the cosine")
     group.add_argument("--warmup_epochs", type=not_negative, default=5, help="length of the warm-up")
-    group.add_argument("--warmup_steps", type=int, default=-1, help="the same in updates; -1 takes --warmup_epochs")
+    group.add_argument("--warmup_steps", type=int, default=-1, help="the same in updates; from 1 on it counts")
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,7 @@ import torch
 from furnace.data.class_names import numbered
 from furnace.data.manifest import Manifest
 from furnace.data.transforms import build_transform
-from furnace.data.tta import TTAHandler
-from furnace.engine_for_finetuning import Predicted, predict
+from furnace.engine_for_finetuning import Predicted, TTAHandler, predict
 from furnace.evaluation.calibration import apply_temperature, fit_temperature
 from furnace.evaluation.multilabel import multilabel_table, score_multilabel
 from furnace.evaluation.plots import draw_classification_plots

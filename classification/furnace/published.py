@@ -56,7 +56,7 @@ FINETUNING = {
     "--warmup_lr": "works as its help says (it did nothing); the default is 0, where the published warm-up began",
     "--min_lr": "works as published",
     "--warmup_epochs": "works as published",
-    "--warmup_steps": "works as published; alone, too (it crashed)",
+    "--warmup_steps": "works as published, from 1 on; alone, too (it crashed)",
     "--disable_weight_decay_on_rel_pos_bias": "works as published",
     # augmentation
     "--color_jitter": "works as its help says (it did nothing); left out, hue 0.2 alone, as the published code did",
@@ -79,7 +79,7 @@ FINETUNING = {
     "--root_path": "works as published; surrounding blanks and a missing final slash do no harm",
     "--image_key": "works as published",
     "--nb_classes": "works as published; binary sets, which crashed, too",
-    "--percent_data": "works as published: the same images",
+    "--percent_data": "works as published: with seed 0 the same images, with others other draws",
     "--weights": "works as published; with percent_data below 1, binary_label and several GPUs, too",
     "--num_workers": "works as published; the default is chosen from the machine",
     "--pin_mem": "works as published, on by default",
@@ -91,7 +91,7 @@ FINETUNING = {
     "--data_set": "works as its help says (it did nothing): the data set's name in the results",
     # evaluation
     "--TTA": "works as published; images of any sizes, in batches",
-    "--monitor": "works as published; bacc, auroc and loss besides. By default auroc for two classes, else acc",
+    "--monitor": "works as published; bacc, auroc and loss besides. Default: auroc for two classes, else acc",
     "--eval": "works as published (it crashed)",
     "--resume": "works as published (it crashed): a checkpoint to test with --eval, or to continue from",
     "--dist_eval": "NOTICE: several processes always share the evaluation, each image once",

@@ -1,12 +1,17 @@
 """Loaders: the manifest's order, every image once, nothing padded, broken files listed; seeded augmentation."""
 
+import contextlib
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from furnace.data import datasets
 from furnace.data.datasets import (
@@ -286,3 +291,25 @@ def test_a_broken_file_in_training_is_told_with_all_others(broken: Manifest) -> 
 def test_a_broken_file_of_a_draw_is_named_by_its_image(broken: Manifest) -> None:
     reason, index = ImageDataset(broken, numbers, seed=0)[Draw(4, 2, 11)]
     assert index == 4 and isinstance(reason, str)
+
+
+def test_a_worker_outlives_one_sigterm_for_a_while(tmp_path, monkeypatch) -> None:
+    """A job's SIGTERM reaches workers, too: the batch in work still comes; a second one, or time, ends them."""
+    monkeypatch.setattr(datasets, "LINGER", 2)
+    manifest = read_manifest(small_set(tmp_path), nb_classes=3)
+    loader = build_loader(manifest, pil_to_tensor, batch_size=2, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 10 and not worker.is_alive()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    began = time.monotonic()
+    worker.terminate()
+    with contextlib.suppress(RuntimeError):  # how PyTorch tells the loss of a worker
+        time.sleep(0.2)
+        worker.terminate()
+        worker.join(timeout=10)
+    assert worker.exitcode == 143 and time.monotonic() - began < 1.5

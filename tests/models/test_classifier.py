@@ -297,8 +297,9 @@ BAD = {
     "a hub model": (lambda c: edit(c, "meta", "recipe", "architecture", value="hf-hub:a/b"), "hf-hub:a/b.* is none of"),
     "another file": (lambda c: edit(c, "meta", "recipe", "arguments", "checkpoint_path", value="x"), "is none of timm"),
     "an unknown argument": (lambda c: edit(c, "meta", "recipe", "arguments", "colour", value=1), "cannot build"),
-    "LoRA under way": (lambda c: edit(c, "model", "blocks.0.attn.qkv.lora_A.default.weight", value=torch.ones(1)),
-                       "under way, .*take checkpoint-best.pth"),
+    "under way": (lambda c: edit(c, "rng", value={}), "newest state of a training, .*take checkpoint-best.pth"),
+    "LoRA's own names": (lambda c: edit(c, "model", "blocks.0.attn.qkv.lora_A.default.weight", value=torch.ones(1)),
+                         "has blocks.0.attn.qkv.lora_A.default.weight, which the model lacks"),
     "another published model": (lambda c: {"model": c["model"], "args": argparse.Namespace(model="swin")}, "'swin'"),
     "a linear probe": (lambda c: {"model": c["model"], "args": argparse.Namespace(
         model="PanDerm_Base_FT", enable_linear_eval=True)}, "without the final norm"),

@@ -42,3 +42,6 @@ def test_halving_keeps_the_update() -> None:
     assert (halved.micro, halved.accumulation, halved.per_update) == (3, 4, plan.per_update)
     with pytest.raises(UserError, match="3 images do not fit"):
         halved.halved()
+    paired = BatchPlan(micro=12, accumulation=1, world_size=1, steps_per_epoch=5, even=True).halved()
+    with pytest.raises(UserError, match="6 images .*mixup pairs them"):
+        paired.halved()

@@ -8,8 +8,9 @@ import torch
 
 from furnace.runtime import files
 from furnace.runtime.files import OutputError, UserError
+from furnace.runtime.run_directory import open_run
 from furnace.runtime.train_state import read_stored
-from toy_training import digest, toy_fit, toy_run, toy_step
+from toy_training import digest, toy_fit, toy_model, toy_run, toy_step
 
 
 class Killed(Exception):
@@ -128,7 +129,7 @@ def test_disk_full_while_a_checkpoint_is_written(tmp_path, monkeypatch, save_num
 def test_too_small_a_disk_is_told_at_the_start(tmp_path, monkeypatch) -> None:
     """Before hours of work."""
     def full(folder, needed: int) -> None:
-        assert needed >= 12 * 16
+        assert needed == 3 * (16 + 32 + 16) + 16
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(files, "check_space", full)
@@ -156,3 +157,34 @@ def test_best_file_explains_itself(tmp_path) -> None:
     stored = torch.load(tmp_path / "run" / "checkpoint-best.pth", weights_only=True)
     assert stored["meta"] == {"model": "toy"} and set(stored["model"]) == {"x.1.weight", "x.1.bias"}
     assert best["epoch"] == stored["epoch"]
+
+
+def test_a_lost_best_model_is_told_at_once(killed) -> None:
+    """Not after the last epoch."""
+    folder, _ = killed
+    damage(folder / "checkpoint-best.pth", "cut")
+    with pytest.raises(UserError, match="the best epoch's model is lost"):
+        toy_fit(toy_run(folder))
+
+
+def test_two_processes_in_one_folder(tmp_path) -> None:
+    """The second is refused, also with --overwrite; when the first is gone, it may."""
+    run = toy_run(tmp_path / "run")
+    with run.lock():
+        with pytest.raises(UserError, match="another process is at work"):
+            toy_fit(toy_run(tmp_path / "run"))
+        with pytest.raises(UserError, match="another process is at work"):
+            open_run(tmp_path / "run", parts={"toy": 2}, environment={}, overwrite=True)
+    toy_fit(toy_run(tmp_path / "run"))
+
+
+def test_space_needed_counts_what_is_trained(tmp_path, monkeypatch) -> None:
+    """Three files of weights and the optimiser's two values per trained number, and the best model."""
+    asked = []
+    monkeypatch.setattr(files, "check_space", lambda folder, needed: asked.append(needed))
+    model = toy_model()
+    toy_fit(toy_run(tmp_path / "a"), model=model, ema=False)
+    frozen = toy_model()
+    frozen[1].weight.requires_grad = False
+    toy_fit(toy_run(tmp_path / "b"), model=frozen, ema=False)
+    assert asked == [3 * (16 + 32) + 16, 3 * (16 + 8) + 16]

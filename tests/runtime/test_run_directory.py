@@ -162,3 +162,28 @@ def test_a_child_that_fails_is_begun_again_and_no_other(tmp_path) -> None:
         child_runs(opened(tmp_path), SETTINGS, run_one)
     child_runs(opened(tmp_path), SETTINGS, run_one)
     assert calls == [*SETTINGS[:3], *SETTINGS[2:]]
+
+
+def test_a_run_that_had_not_begun_is_replaced(tmp_path) -> None:
+    """A command with a refused option left env.json and args.yaml; the mended command is not stopped by them."""
+    first = open_run(tmp_path / "r", parts={"opt": "nonsense"}, environment={})
+    first.write_arguments({"opt": "nonsense"})
+    second = open_run(tmp_path / "r", parts={"opt": "adamw"}, environment={})
+    assert json.loads((tmp_path / "r" / "env.json").read_text())["fingerprint_parts"] == {"opt": "adamw"}
+    second.write_log({"epoch": 0})
+    with pytest.raises(OutputError, match="holds another run"):
+        open_run(tmp_path / "r", parts={"opt": "sgd"}, environment={})
+
+
+def test_children_made_together(tmp_path) -> None:
+    """Every process is told the children's results; finished ones are not made again."""
+    parent, made = open_run(tmp_path / "p", parts={"a": 1}, environment={}), []
+
+    def one(child, setting) -> dict:
+        made.append(setting["seed"])
+        return {"value": setting["seed"] * 2}
+
+    for _ in range(2):
+        outcomes = child_runs(parent, [{"seed": 1}, {"seed": 2}], one, together=True)
+        assert [outcome["value"] for outcome in outcomes] == [2, 4]
+    assert made == [1, 2]

@@ -116,7 +116,7 @@ def test_average_of_the_weights() -> None:
     for value, (_, decay) in zip(after, followed, strict=True):
         average = decay * average + (1 - decay) * value
     assert evaluated[-1] == pytest.approx(average, abs=1e-6)
-    assert float(state.ema.module[1].weight[0, 0]) == evaluated[-1] != after[-1]
+    assert float(state.ema.module[1].weight[0, 0].detach()) == evaluated[-1] != after[-1]
     assert float(best["model"]["1.weight"][0, 0]) in evaluated
 
 
@@ -267,6 +267,82 @@ def test_a_loss_that_is_not_finite(tmp_path) -> None:
     stored = torch.load(tmp_path / "r" / "checkpoint-last.pth", weights_only=True)
     assert stored["update"] == 5 and all(value.isfinite().all() for value in stored["model"].values())
     assert digest(toy_fit(toy_run(tmp_path / "r"))[0]) == digest(toy_fit(toy_run(tmp_path / "whole"))[0])
+
+
+def test_gradients_that_are_not_finite(tmp_path) -> None:
+    """The weights are not touched: what is saved, even after every update, stays good."""
+    count = []
+
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    def step(model, batch, values):
+        count.append(1)
+        loss, rows, logs = toy_step(model, batch, values)
+        return Break.apply(loss) if len(count) == 13 else loss, rows, logs
+
+    with pytest.raises(UserError, match="the norm of the gradients is (inf|nan) at update 7"):
+        toy_fit(toy_run(tmp_path / "r"), step=step, save_every_steps=1)
+    stored = torch.load(tmp_path / "r" / "checkpoint-last.pth", weights_only=True)
+    assert stored["update"] == 6 and all(value.isfinite().all() for value in stored["model"].values())
+    assert digest(toy_fit(toy_run(tmp_path / "r"), save_every_steps=1)[0]) == digest(toy_fit()[0])
+
+
+def test_fp16_scales_skips_and_resumes(tmp_path) -> None:
+    """An update whose scaled gradients overflow is skipped, the average with it; the scale is in the checkpoint."""
+    scales = []
+
+    def step(model, batch, values):
+        loss, rows, logs = toy_step(model, batch, values)
+        scales.append(1e36 if len(scales) in (6, 7) else 1.0)
+        return loss * scales[-1] / scales[-1] if scales[-1] == 1.0 else loss * scales[-1], rows, logs
+
+    state, _ = toy_fit(toy_run(tmp_path / "r"), step=step, amp_dtype="fp16", epochs=1, evaluate=None)
+    assert state.scaler.get_scale() < 65536 and state.update == 5
+    assert state.history[0]["train_grad_norm"] < 1e6
+    assert all(value.isfinite().all() for value in state.ema.module.state_dict().values())
+    whole = digest(toy_fit(toy_run(tmp_path / "w"), amp_dtype="fp16")[0])
+
+    class Killed(Exception):
+        pass
+
+    count = []
+
+    def killing(model, batch, values):
+        count.append(1)
+        if len(count) == 15:
+            raise Killed
+        return toy_step(model, batch, values)
+
+    with pytest.raises(Killed):
+        toy_fit(toy_run(tmp_path / "k"), step=killing, amp_dtype="fp16", save_every_steps=1)
+    assert digest(toy_fit(toy_run(tmp_path / "k"), amp_dtype="fp16", save_every_steps=1)[0]) == whole
+
+
+def test_a_signal_between_updates_and_at_the_end_is_answered(tmp_path) -> None:
+    """While a checkpoint is written: after it; in the last epoch's tracking: before the test begins."""
+    def late(entry):
+        if entry["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        toy_fit(toy_run(tmp_path / "r"), track=late)
+    state, _ = toy_fit(toy_run(tmp_path / "r"))
+    assert state.epoch == 3 and digest(state) == digest(toy_fit()[0])
+
+
+def test_parts_that_stay_in_eval_mode() -> None:
+    """A module without weights of a frozen trunk, named by models/tuning.py."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
+    model.stay_eval = ("0",)
+    train_mode(model, model)
+    assert [m.training for m in model.modules()] == [True, False, True]
 
 
 def test_frozen_parts_keep_eval_mode() -> None:

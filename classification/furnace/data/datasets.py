@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from furnace.data.samplers import Draw, TrainSampler
 from furnace.data.transforms import Transform
 from furnace.runtime import distributed
 from furnace.runtime.batch_plan import BatchPlan
-from furnace.runtime.files import UserError
+from furnace.runtime.files import ProcessError, UserError
 from furnace.runtime.seeding import seed_of, seeded
 
 # Images per loaded batch at most; --batch_size is an upper bound. A published batch of 1000 with 16 workers would hold
@@ -90,9 +91,21 @@ class StridedSampler(Sampler[int]):
         return len(self.positions)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """SIGTERM and Ctrl-C often go to every process of a job: the main one must be able to save, and then ends us."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+LINGER = 20  # seconds that a loader worker goes on after SIGTERM
+
+
+def outlive_signals(worker: int) -> None:
+    """For a loader worker: the main process must be able to finish an update and save when a job is told to end.
+
+    SIGTERM and Ctrl-C often go to every process of a job. A worker goes on for LINGER seconds after the first SIGTERM,
+    which may also be the main process's own while it exits, and ends at the second.
+    """
+    def end_later(number: int, frame: FrameType | None) -> None:
+        if signal.alarm(LINGER):
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, end_later)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -120,7 +133,7 @@ def build_loader(manifest: Manifest, transform: Transform, *, batch_size: int, n
     dataset = ImageDataset(manifest, transform, seed)
     return DataLoader(dataset, batch_size=min(batch_size, LARGEST_BATCH.get(kind, 32)),
                       sampler=StridedSampler(range(len(dataset))), num_workers=_workers(num_workers, len(dataset)),
-                      collate_fn=collate, worker_init_fn=ignore_stop_signals, pin_memory=kind == "cuda")
+                      collate_fn=collate, worker_init_fn=outlive_signals, pin_memory=kind == "cuda")
 
 
 def build_train_loader(manifest: Manifest, transform: Transform, sampler: TrainSampler, *, plan: BatchPlan, seed: int,
@@ -149,7 +162,7 @@ def loader_of_draws(dataset: Dataset, sampler: TrainSampler, *, plan: BatchPlan,
     num_workers = _workers(num_workers, len(dataset))
     own = torch.Generator().manual_seed(seed_of(seed, "loader"))  # else an epoch's start would draw from the global one
     return DataLoader(dataset, batch_size=plan.micro, sampler=sampler, num_workers=num_workers, collate_fn=collate_fn,
-                      worker_init_fn=ignore_stop_signals, persistent_workers=num_workers > 0, generator=own,
+                      worker_init_fn=outlive_signals, persistent_workers=num_workers > 0, generator=own,
                       pin_memory=pin_memory and torch.device(device).type == "cuda")
 
 
@@ -157,7 +170,7 @@ def subset_loader(loader: DataLoader, positions: Sequence[int]) -> DataLoader:
     """The same loader over some of its manifest's images, in the order of ``positions``."""
     return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=StridedSampler(positions),
                       num_workers=min(loader.num_workers, len(positions)), collate_fn=collate,
-                      worker_init_fn=ignore_stop_signals,
+                      worker_init_fn=outlive_signals,
                       pin_memory=loader.pin_memory)
 
 
@@ -180,18 +193,32 @@ def refuse_broken(manifest: Manifest, broken: list[tuple[int, str]] | None = Non
             seen them all when it meets the first.
 
     Raises:
-        UserError: always.
+        ProcessError: always.
     """
     if broken is None:
         found = broken_files(manifest)
     else:
         found = [(int(manifest.frame[ROW].iat[i]), manifest.path_of(i), reason) for i, reason in sorted(broken)]
     if not found:
-        raise UserError("an image could not be decoded a moment ago, and now every one can: the storage is not "
-                        "reliable. Start the same command again; a training run goes on where it was.")
+        raise ProcessError("an image could not be decoded a moment ago, and now every one can: the storage is not "
+                           "reliable. Start the same command again; a training run goes on where it was.")
+    raise ProcessError(_told(found))
+
+
+def _told(found: list[tuple[int, Path, str]]) -> str:
     lines = [f"  row {row}, {path}: {reason}" for row, path, reason in found]
-    raise UserError(f"{len(found)} image{'s' if len(found) > 1 else ''} cannot be decoded:\n" + "\n".join(lines) +
-                    "\n  Copy or download them again, or delete their rows.")
+    return (f"{len(found)} image{'s' if len(found) > 1 else ''} cannot be decoded:\n" + "\n".join(lines) +
+            "\n  Copy or download them again, or delete their rows.")
+
+
+def require_decodable(manifest: Manifest) -> None:
+    """Decode every image once, before work that would meet a damaged file hours later.
+
+    Raises:
+        UserError: files that cannot be decoded, all of them.
+    """
+    if found := broken_files(manifest):
+        raise UserError(_told(found))
 
 
 def broken_files(manifest: Manifest) -> list[tuple[int, Path, str]]:

@@ -16,12 +16,16 @@ from furnace.data.manifest import Manifest
 from furnace.data.transforms import build_transform
 from furnace.evaluation.feature_cache import ChunkWriter, FeatureCache, image_keys
 from furnace.runtime import distributed
-from furnace.runtime.files import UserError
+from furnace.runtime.files import ProcessError, UserError
 from furnace.runtime.precision import autocast, pick_device, prepare_for_inference, resolve_amp_dtype
 
 logger = logging.getLogger(__name__)
 
 PRINTED = 20
+
+
+class NotFiniteError(UserError):
+    """A model gave NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +213,8 @@ class _Forward:
                 return torch.cat([self._padded(part) for part in images.split(self.size)])
             except torch.cuda.OutOfMemoryError as error:
                 if self.size == 1:
-                    raise UserError("one image does not fit into the GPU's memory: take --amp_dtype bf16, a smaller "
-                                    "--input_size or --device cpu") from error
+                    raise ProcessError("one image does not fit into the GPU's memory: take --amp_dtype bf16, a smaller "
+                                       "--input_size or --device cpu") from error
             self.size = (self.size + 1) // 2
             torch.cuda.empty_cache()
             logger.warning("the GPU's memory is too small: going on with batches of %d", self.size)
@@ -233,5 +237,5 @@ def _layout(images: torch.Tensor) -> torch.memory_format:
 def _refuse_non_finite(bad: list[int], manifest: Manifest, amp_dtype: str) -> None:
     if bad:
         names = ", ".join(manifest.filenames[i] for i in sorted(bad)[:PRINTED])
-        raise UserError(f"the features of {len(bad)} images are not finite in {amp_dtype} ({names}): "
+        raise NotFiniteError(f"the features of {len(bad)} images are not finite in {amp_dtype} ({names}): "
                         "run with --amp_dtype fp32")

@@ -34,7 +34,7 @@ def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest,
         folder: another folder, from the first 8 of the fingerprint.
     """
     left_out = NOT_IN_FINGERPRINT | set(left_out)
-    parts = {"task": task, **{key: value for key, value in settings.items() if key not in left_out}, **(also or {}),
+    parts = {**{key: value for key, value in settings.items() if key not in left_out}, "task": task, **(also or {}),
              "csv_sha256": manifest.sha256, "images_digest": manifest.images_digest,
              "weights_sha256": provenance.sha256, "class_names": ";".join(manifest.class_names)}
     mark = fingerprint(parts)[:8]
@@ -43,7 +43,7 @@ def open_evaluation_run(task: str, settings: dict[str, Any], manifest: Manifest,
     files.check_space(path, 2**20 + len(manifest.split("test")) * (80 + 16 * manifest.nb_classes))
     return open_run(path, parts=parts, overwrite=settings["overwrite"],
                     auto_resume=not settings["no_auto_resume"],
-                    environment={"seed": settings["seed"], "csv_sha256": manifest.sha256,
+                    environment={"seed": settings.get("seeds") or settings["seed"], "csv_sha256": manifest.sha256,
                                  "weights": provenance.to_dict()})
 
 

@@ -226,9 +226,9 @@ def classifier_of(content: Any, *, source: str, sha256: str | None = None) -> Fi
         meta = _published_meta(state, args, source)
     else:
         raise CheckpointError(_what_it_is(content, source))
-    if any(".lora_" in key for key in state):
-        raise CheckpointError(f"{source} is a training with LoRA that is under way, its changes not yet folded into "
-                              "the weights: take checkpoint-best.pth of that run")
+    if "rng" in whole:
+        raise CheckpointError(f"{source} is the newest state of a training, not the chosen model: take "
+                              "checkpoint-best.pth of that run")
     model = _rebuild(meta["recipe"], source)
     load_exactly(model, state, name=meta["model"], source=source)
     sha256 = sha256 or hash_state(model)

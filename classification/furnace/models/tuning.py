@@ -42,6 +42,11 @@ def set_tuning(model: nn.Module, mode: str, *, rank: int = 8, alpha: float = 16,
     if mode != "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name in model.classifier_names or ".lora_" in name
+    if mode == "head":  # its trunk is a fixed function: no dropout of positions, no drop path
+        heads = {name.rpartition(".")[0].split(".")[0] for name in model.classifier_names}
+        model.stay_eval = tuple(name for name, module in model.named_modules()
+                                if name and next(module.parameters(), None) is None and name.split(".")[0] not in heads
+                                and "head" not in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 
-from furnace.runtime.files import UserError
+from furnace.runtime.files import ProcessError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +17,14 @@ class BatchPlan:
         accumulation: forward passes of a process per update.
         world_size: processes.
         steps_per_epoch: updates of the weights per epoch.
+        even: the images of a forward pass are paired (mixup).
     """
 
     micro: int
     accumulation: int
     world_size: int
     steps_per_epoch: int
+    even: bool = False
 
     @property
     def per_update(self) -> int:
@@ -38,12 +40,13 @@ class BatchPlan:
         """Half as many images a forward pass and twice as many passes: the update has the same images.
 
         Raises:
-            UserError: the forward pass has a single image, or an odd number.
+            ProcessError: half of the images is no number, or with ``even`` an odd one.
         """
-        if self.micro % 2:
-            raise UserError(f"{self.micro} image{'s do' if self.micro > 1 else ' does'} not fit into the GPU's memory "
-                            "and cannot be halved: take --amp_dtype bf16, --grad_checkpointing, --tune lora, or a "
-                            "smaller --batch_size with a larger --update_freq")
+        if self.micro % (4 if self.even else 2):
+            raise ProcessError(
+                f"{self.micro} image{'s do' if self.micro > 1 else ' does'} not fit into the GPU's memory and cannot "
+                f"be halved{' (mixup pairs them)' if self.even else ''}: take --amp_dtype bf16, --grad_checkpointing, "
+                "--tune lora, or a smaller --batch_size with a larger --update_freq")
         return replace(self, micro=self.micro // 2, accumulation=self.accumulation * 2)
 
 
@@ -67,7 +70,7 @@ def plan_batches(images: int, *, batch_size: int, update_freq: int = 1, world_si
         raise UserError(f"--batch_size {batch_size}: mixup and cutmix pair the images of a batch, so it must be even")
     per_update = batch_size * update_freq * world_size
     if images >= per_update:
-        return BatchPlan(batch_size, update_freq, world_size, images // per_update)
+        return BatchPlan(batch_size, update_freq, world_size, images // per_update, even)
     micro = min(batch_size, images // world_size)
     micro -= micro % 2 if even else 0
     if micro < 1:
@@ -77,4 +80,4 @@ def plan_batches(images: int, *, batch_size: int, update_freq: int = 1, world_si
     accumulation = max(1, images // (micro * world_size))
     logger.warning("train has %d images, fewer than one update of %d: an update is of %d", images, per_update,
                    micro * accumulation * world_size)
-    return BatchPlan(micro, accumulation, world_size, 1)
+    return BatchPlan(micro, accumulation, world_size, 1, even)

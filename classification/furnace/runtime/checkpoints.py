@@ -3,16 +3,20 @@
 checkpoint-last.pth is the newest state, checkpoint-previous.pth the one before, checkpoint-best.pth the chosen model.
 """
 
+import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from furnace.runtime import distributed, files
-from furnace.runtime.files import CheckpointError, UserError, read_checkpoint
+from furnace.runtime.files import CheckpointError, UserError
 from furnace.runtime.run_directory import RunDirectory
-from furnace.runtime.train_state import TrainState, read_stored
+from furnace.runtime.train_state import TrainState, read_stored, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +42,34 @@ class Checkpoints:
                 path.unlink()
         found = distributed.on_main(lambda: self._newest(elsewhere))
         if found is None:
-            size = sum(v.numel() * v.element_size() for v in state.model.state_dict().values())
-            files.check_space(self.folder, size * (12 if state.ema is None else 15))
+            files.check_space(self.folder, _bytes_needed(state))
             return
         state.load_dict(read_stored(found))
+        if state.best_epoch is not None:
+            distributed.on_main(lambda: self._check_best(found.parent / BEST))
         logger.info("continuing after %d epochs and %d updates (%s)", state.epoch, state.update, found.name)
+
+    def _check_best(self, beside: Path) -> None:
+        """Bring the best model from beside the checkpoint; what is wrong with it is told now, not at the end."""
+        try:
+            content = read_whole(beside)
+            if beside.parent != self.folder and not (self.folder / BEST).exists():
+                self.save_best(content)
+        except CheckpointError as error:
+            raise UserError(f"{error}: the best epoch's model is lost; copy {BEST} back, or add --overwrite to start "
+                            "the run again") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Two processes (a job and its requeued twin) must not train in one folder."""
+        with contextlib.ExitStack() as stack:
+            distributed.on_main(lambda: stack.enter_context(self.run.lock()))
+            yield
 
     def _newest(self, elsewhere: Path | None) -> Path | None:
         present = [path for path in (self.folder / LAST, self.folder / PREVIOUS) if path.exists()]
+        if present and elsewhere is not None:
+            logger.info("--resume %s is not read: %s has a newer state", elsewhere, self.folder)
         present = present or [elsewhere] * (elsewhere is not None)
         faults = []
         for path in present:
@@ -67,9 +91,12 @@ class Checkpoints:
         if not distributed.is_main():
             return
         self.run.write_tensors(NEXT, {**state.to_dict(), "fingerprint": self.fingerprint, "meta": self.meta})
-        if (self.folder / LAST).exists():
-            os.replace(self.folder / LAST, self.folder / PREVIOUS)
-        os.replace(self.folder / NEXT, self.folder / LAST)
+        try:
+            if (self.folder / LAST).exists():
+                os.replace(self.folder / LAST, self.folder / PREVIOUS)
+            os.replace(self.folder / NEXT, self.folder / LAST)
+        except OSError as error:
+            raise files.output_error(self.folder / LAST, error) from error
 
     def save_epoch(self, state: TrainState, best: dict[str, Any] | None) -> None:
         """The best model first: a run that dies in between evaluates this epoch again and writes the same."""
@@ -93,9 +120,20 @@ class Checkpoints:
 
     def read_best(self) -> dict[str, Any]:
         """What checkpoint-best.pth holds."""
-        return read_checkpoint(self.folder / BEST).content
+        return read_whole(self.folder / BEST)
 
     def kept(self) -> str:
         """In words, what is there after a failure."""
         return f"the last checkpoint, {self.folder / LAST}, is of before" if (self.folder / LAST).exists() else \
             "no checkpoint was written yet"
+
+
+def _bytes_needed(state: TrainState) -> int:
+    """Three files of model, average and the optimiser's two values per trained number, and the best model."""
+    def size(module: torch.nn.Module, trained: bool = False) -> int:
+        values = [p for p in module.parameters() if p.requires_grad] if trained else module.state_dict().values()
+        return sum(value.numel() * value.element_size() for value in values)
+
+    model = size(state.model)
+    one = model + 2 * size(state.model, trained=True) + (0 if state.ema is None else model)
+    return 3 * one + model

@@ -28,6 +28,10 @@ class UserError(ValueError):
     """A mistake in the input, the options or the machine's set-up; the message says how to mend it."""
 
 
+class ProcessError(UserError):
+    """A mistake that one of several processes met: that process tells it, for the others know nothing of it."""
+
+
 class CheckpointError(UserError):
     """A checkpoint file that is absent, unreadable, unsafe, or not of the model that was asked for."""
 

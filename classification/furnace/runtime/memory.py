@@ -18,8 +18,9 @@ def fitting_plan(model: nn.Module, step: Callable[..., Any], make_batch: Callabl
                  values: dict[str, float], *, device: torch.device, amp_dtype: str) -> BatchPlan:
     """Halve the images of a forward pass, with twice as many passes per update, until forward and backward pass fit.
 
-    The optimiser's two values per trained parameter are set aside while trying. Weights, buffers and random generators
-    are as before afterwards. All processes get the plan of the one with the least memory.
+    The optimiser's two values per trained parameter, and with several processes a third for the exchange of gradients,
+    are set aside meanwhile. Weights, buffers and random generators are as before afterwards. All processes get the plan
+    of the one with the least memory.
 
     Args:
         model: in train mode, on the device.
@@ -57,7 +58,8 @@ def fitting_plan(model: nn.Module, step: Callable[..., Any], make_batch: Callabl
 def _try_step(model: nn.Module, step: Callable[..., Any], batch: Any, values: dict[str, float], device: torch.device,
               amp_dtype: str) -> None:
     """One forward and backward pass beside the memory that the optimiser will take."""
-    kept = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    kept = [torch.empty_like(p) for p in model.parameters() if p.requires_grad
+            for _ in range(2 + (distributed.world_size() > 1))]
     with autocast(device, amp_dtype):
         loss, weight, _ = step(model, batch, values)
     (loss / weight).backward()

@@ -34,28 +34,30 @@ def layer_decay_groups(model: nn.Module, *, layer_decay: float, no_weight_decay:
 
 
 def create_optimizer(groups: list[dict[str, Any]], *, name: str = "adamw", momentum: float = 0.9,
-                     eps: float | None = 1e-8, betas: Sequence[float] | None = None) -> torch.optim.Optimizer:
+                     eps: float | None = None, betas: Sequence[float] | None = None) -> torch.optim.Optimizer:
     """An optimiser of timm's list over parameter groups; learning rate and weight decay come from the schedules.
 
     Args:
         groups: from ``layer_decay_groups``.
         name: adamw, sgd, lamb, lion, ... (timm's names).
         momentum: of SGD and the like.
-        eps: of Adam and the like.
-        betas: of Adam and the like; None is the optimiser's own.
+        eps: of Adam and the like; None is the optimiser's own (AdamW: 1e-8).
+        betas: of Adam and the like; None is the optimiser's own (AdamW: 0.9, 0.999).
 
     Raises:
         UserError: timm has no such optimiser, or it does not take these options.
     """
     options = {key: value for key, value in (("eps", eps), ("betas", None if betas is None else tuple(betas)))
                if value is not None}
-    if name.lower().rsplit("_", 1)[-1] in ("sgd", "momentum", "nesterov", "sgdp"):
-        options = {}
     try:
-        return create_optimizer_v2(groups, opt=name, lr=0.0, weight_decay=0.0, momentum=momentum, **options)
+        made = create_optimizer_v2(groups, opt=name, lr=0.0, weight_decay=0.0, momentum=momentum, **options)
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"--opt {name} with these options is none of timm's optimisers ({error}): adamw, sgd, lamb, "
                         "lion, adopt and others are") from error
+    dropped = [f"--opt_{key}" for key in options if key not in made.param_groups[0]]
+    if dropped:
+        raise UserError(f"--opt {name} has no {' and no '.join(dropped)}: leave out what it does not take")
+    return made
 
 
 def set_values(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> None:

@@ -5,14 +5,17 @@ fingerprint is continued, or, when finished, answered from; one with another fin
 user says ``--overwrite``.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ import pandas as pd
 
 from furnace.runtime import distributed, files
 from furnace.runtime.files import OutputError, UserError
+
+logger = logging.getLogger(__name__)
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
 RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "summary.csv",
@@ -50,6 +55,22 @@ class RunDirectory:
         self.parts = parts
         self.fingerprint = fingerprint(parts)
         self.previous = previous
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder; another process that wants it is refused.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        with open(self.path / ENV, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is at work in {self.path}: wait for it, or stop it") from error
+            except OSError:
+                logger.warning("%s is on a file system without locks: see that no second process uses it", self.path)
+            yield
 
     def write_arguments(self, arguments: dict[str, Any]) -> None:
         """Write args.yaml; it can be given to ``-c`` again."""
@@ -121,14 +142,20 @@ def open_run(path: str | Path, *, parts: dict[str, Any], environment: dict[str, 
     if present and not (path / ENV).exists():
         raise OutputError(f"{path} holds {', '.join(present)} but no {ENV}, so it is not the folder of a run of this "
                           "toolkit; nothing was written: choose another --output_dir")
-    if present and not overwrite:
-        stored = _read_json(path / ENV)
+    begun = set(present) - {ENV, ARGS}
+    stored = _read_json(path / ENV) if present and not overwrite else {}
+    if stored and not begun and stored.get("fingerprint") != fingerprint(parts):
+        logger.info("%s holds a run that had not begun: it is replaced", path)
+    elif present and not overwrite:
         _refuse_other_run(path, stored.get("fingerprint_parts", {}), parts)
         if RESULTS not in present and not auto_resume:
             raise OutputError(f"{path} holds this very run, unfinished: leave out --no_auto_resume to continue it, "
                               "or add --overwrite to start again")
         previous = _read_yaml(path / ARGS)
         return RunDirectory(path, parts, previous)
+    if present:
+        with RunDirectory(path, parts, previous).lock():
+            pass
     for name in reversed(present):  # env.json last: whenever this is cut off, the folder is still a run's
         try:
             (path / PREVIOUS).mkdir(exist_ok=True)

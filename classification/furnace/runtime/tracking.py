@@ -32,8 +32,10 @@ def tracking(*, folder: Path, run_id: str, config: dict[str, Any], wandb_project
     with contextlib.ExitStack() as stack:
         sinks = []
         if wandb_project is not None:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--wandb needs Weights & Biases: pip install wandb") from error
             run = wandb.init(project=wandb_project, name=run_name, id=run_id, resume="allow", config=config,
                              dir=str(folder))
             stack.callback(run.finish)

@@ -99,11 +99,11 @@ def set_generator_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def read_stored(path: Path) -> dict[str, Any]:
-    """Read a file that holds ``TrainState.to_dict()``, every byte of it compared with its checksums.
+def read_whole(path: Path) -> Any:
+    """The content of a file that torch.save wrote, every byte of it compared with its checksums.
 
     Raises:
-        CheckpointError: absent, damaged, or not such a file.
+        CheckpointError: absent or damaged.
     """
     content = read_checkpoint(path).content
     try:
@@ -113,6 +113,16 @@ def read_stored(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error})") from error
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
+    return content
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """Read a file that holds ``TrainState.to_dict()``; see ``read_whole``.
+
+    Raises:
+        CheckpointError: absent, damaged, or not such a file.
+    """
+    content = read_whole(path)
     if not isinstance(content, dict) or not {"model", "optimizer", "rng", *COUNTERS} <= content.keys():
         raise CheckpointError(f"{path} is not a checkpoint of an unfinished training of this toolkit")
     return content

@@ -146,9 +146,11 @@ class _Fit:
 
     def run(self) -> dict[str, Any]:
         """All epochs that are left."""
-        if self.files is not None:
-            self.files.resume(self.state, self.options.resume)
-        with self._signals():
+        with self._signals(), contextlib.nullcontext() if self.files is None else self.files.locked():
+            if self.files is not None:
+                self.busy = True
+                self.files.resume(self.state, self.options.resume)
+                self._rest()
             while self.state.epoch < self.options.epochs and not self._stopped_early():
                 self._epoch()
         if self.best is None and self.files is not None and self.state.best_epoch is not None:
@@ -185,9 +187,9 @@ class _Fit:
                 mean, stop = self._update(batches)
                 if self.files is not None and (stop or every and number % every == 0):
                     self.files.save_last(state)
-                self.busy = False
                 if stop:
                     raise Stopped(stop)
+                self._rest()
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 bar.update(plan.per_update)
         self._finish_epoch(time.perf_counter() - began)
@@ -222,10 +224,10 @@ class _Fit:
         if self.options.track is not None and distributed.is_main():
             self.options.track(entry)
         stop = self._agree(torch.zeros(2, dtype=torch.float64))[1]
-        self.busy = False
         self._say(means, metrics, better)
-        if stop and state.epoch < self.options.epochs:
+        if stop:
             raise Stopped(stop)
+        self._rest()
 
     def _say(self, means: dict[str, float], metrics: dict[str, float], better: bool) -> None:
         """A line for the eye."""
@@ -282,7 +284,7 @@ class _Fit:
         totals, stop = self._agree(totals)
         mean = float(totals[0] / totals[1])
         if not math.isfinite(mean):
-            raise UserError(self._not_finite(mean))
+            raise UserError(self._not_finite("loss", mean))
         norm = self._apply(nominal * plan.world_size / float(totals[1]))
         if state.ema is not None and math.isfinite(norm):  # fp16 skips an update whose gradients are not finite
             state.ema.decay = values["ema"]
@@ -316,6 +318,8 @@ class _Fit:
             limit = math.inf if self.options.clip is None else self.options.clip
             norms.append(float(torch.nn.utils.clip_grad_norm_(params, limit)))
         if state.scaler is None:
+            if not math.isfinite(sum(norms)):
+                raise UserError(self._not_finite("norm of the gradients", sum(norms)))
             state.optimizer.step()
         else:
             state.scaler.step(state.optimizer)
@@ -323,10 +327,10 @@ class _Fit:
         state.optimizer.zero_grad(set_to_none=True)
         return math.hypot(*norms)
 
-    def _not_finite(self, loss: float) -> str:
+    def _not_finite(self, what: str, value: float) -> str:
         kept = "nothing was saved" if self.files is None else self.files.kept()
-        return (f"the loss is {loss} at update {self.state.update + 1}; {kept}. Take a lower --lr, --clip_grad 1.0, a "
-                "longer warm-up, or --amp_dtype fp32, with --overwrite")
+        return (f"the {what} is {value} at update {self.state.update + 1}; {kept}. Take a lower --lr, --clip_grad 1.0, "
+                "a longer warm-up, or --amp_dtype fp32, with --overwrite")
 
     # ------------------------------------------------------------------------------------------------------ signals
 
@@ -343,6 +347,14 @@ class _Fit:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _rest(self) -> None:
+        """The state is whole again; answer a signal that came meanwhile."""
+        self.busy = False
+        if self.asked and self.files is not None and distributed.world_size() == 1:
+            self.busy = True
+            self.files.save_last(self.state)
+            raise Stopped(self.asked)
+
     def _asked_to_stop(self, number: int, frame: FrameType | None) -> None:
         """In the middle of an update, when it is done; otherwise (evaluation) at once, if there is one process."""
         if os.getpid() != self.pid:  # a forked loader worker has this handler, too
@@ -350,10 +362,8 @@ class _Fit:
         again, self.asked = self.asked, 128 + number
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.busy and distributed.world_size() == 1:
-            self.busy = True
-            self.files.save_last(self.state)
-            raise Stopped(self.asked)
+        if not self.busy:
+            self._rest()
 
 
 def train_mode(runner: nn.Module, model: nn.Module) -> None:
@@ -365,10 +375,12 @@ def train_mode(runner: nn.Module, model: nn.Module) -> None:
     """
     runner.train()
 
-    def settle(module: nn.Module, inherited: bool) -> None:
-        own = list(module.parameters())
-        module.training = any(p.requires_grad for p in own) if own else inherited
-        for child in module.children():
-            settle(child, module.training)
+    kept = getattr(model, "stay_eval", ())  # of models/tuning.py: parts without weights of a frozen trunk
 
-    settle(model, True)
+    def settle(name: str, module: nn.Module, inherited: bool) -> None:
+        own = list(module.parameters())
+        module.training = (any(p.requires_grad for p in own) if own else inherited) and name not in kept
+        for child_name, child in module.named_children():
+            settle(f"{name}.{child_name}".lstrip("."), child, module.training)
+
+    settle("", model, True)
