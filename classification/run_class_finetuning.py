@@ -118,6 +118,8 @@ def settle_options(args: argparse.Namespace) -> None:
         (not multilabel and args.nb_classes == 1, "--nb_classes 1: two or more are needed to tell apart"),
         (multilabel and mixes, "mixup and cutmix mix single labels: leave them out with --task multilabel"),
         (multilabel and args.weights, "--weights balances single labels: leave it out with --task multilabel"),
+        (mixes and args.batch_size % 2 == 1,
+         f"--batch_size {args.batch_size}: mixup and cutmix pair the images of a batch, so it must be even"),
         (args.use_cls and args.use_mean_pooling, "--use_cls and --use_mean_pooling exclude each other"),
         (args.folds == 1, "--folds 1 is no cross-validation: take 2 or more"),
         (args.start_epoch >= args.epochs, f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}"),

@@ -29,9 +29,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def by_hand(epochs: int, plan: BatchPlan) -> tuple[nn.Module, list[float]]:
-    """The same training without the loop: AdamW on the mean over each update's rows."""
-    model, losses = toy_model(dropout=0.0), []
+def by_hand(epochs: int, plan: BatchPlan) -> tuple[nn.Module, list[float], list[float]]:
+    """The same training without the loop: AdamW on the mean over each update's rows; model, losses, norms."""
+    model, losses, norms = toy_model(dropout=0.0), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     rates = cosine_schedule(0.05, 0.001, updates=epochs * plan.steps_per_epoch, warmup=2)
     decays = cosine_schedule(0.1, 0.2, updates=epochs * plan.steps_per_epoch)
@@ -47,18 +47,20 @@ def by_hand(epochs: int, plan: BatchPlan) -> tuple[nn.Module, list[float]]:
             optimizer.param_groups[0].update(lr=rates[at], weight_decay=decays[at])
             optimizer.zero_grad()
             loss.backward()
+            norms.append(math.hypot(*(float(p.grad.norm()) for p in model.parameters())))
             optimizer.step()
             losses.append(float(loss.detach()))
-    return model, losses
+    return model, losses, norms
 
 
 def test_weights_and_losses_by_hand() -> None:
     """Accumulation is one update of all rows; the log has the mean loss and the values of the last update."""
     state, best = toy_fit(model=toy_model(dropout=0.0), ema=False)
-    model, losses = by_hand(3, PLAN)
+    model, losses, norms = by_hand(3, PLAN)
     assert torch.allclose(state.model[1].weight, model[1].weight, atol=1e-6)
     for epoch, entry in enumerate(state.history):
         assert entry["train_loss"] == pytest.approx(sum(losses[5 * epoch:5 * epoch + 5]) / 5, rel=1e-5)
+        assert entry["train_grad_norm"] == pytest.approx(sum(norms[5 * epoch:5 * epoch + 5]) / 5, rel=1e-5)
         assert entry["train_rows"] == 4 and entry["update"] == 5 * (epoch + 1)
     assert state.history[-1]["lr"] == pytest.approx(cosine_schedule(0.05, 0.001, updates=15, warmup=2)[-1])
     assert torch.equal(best["model"]["1.weight"], state.model[1].weight)  # the last epoch is the nearest
