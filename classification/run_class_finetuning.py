@@ -110,7 +110,7 @@ def settle_options(args: argparse.Namespace) -> None:
     args.root_path = args.root_path or args.data_path
     args.tune = "head" if args.enable_linear_eval else args.tune
     args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
-    multilabel = args.task == "multilabel"
+    multilabel, default = args.task == "multilabel", finetuning_parser().get_default
     args.monitor = args.monitor or ("auroc" if multilabel or args.nb_classes == 2 else "acc")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     wrong = [
@@ -121,6 +121,9 @@ def settle_options(args: argparse.Namespace) -> None:
         (mixes and args.batch_size % 2 == 1,
          f"--batch_size {args.batch_size}: mixup and cutmix pair the images of a batch, so it must be even"),
         (args.use_cls and args.use_mean_pooling, "--use_cls and --use_mean_pooling exclude each other"),
+        (args.tta_views != default("tta_views") and not args.TTA, "--tta_views chooses the views of --TTA: add it"),
+        (args.tune != "lora" and any(getattr(args, name) != default(name) for name in ("lora_rank", "lora_alpha")),
+         "--lora_rank and --lora_alpha are of --tune lora: add it"),
         (args.folds == 1, "--folds 1 is no cross-validation: take 2 or more"),
         (args.start_epoch >= args.epochs, f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}"),
         (args.resume is not None and not args.eval and len(args.seeds) * max(1, args.folds) > 1,

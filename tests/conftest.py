@@ -30,6 +30,15 @@ def log_level():
     logging.getLogger().setLevel(before)
 
 
+@pytest.fixture
+def one_thread():
+    """For tests that compare bits, or whose pictures are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def demo_csv(tmp_path_factory) -> Path:
     """A small demo data set: 60 drawn images of 96 px."""

@@ -21,14 +21,7 @@ RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (45, 60, 3), dtype=np.uint8)
 SOME = RNG.random((45, 60)) < 0.5
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a loader's worker; more of them only wait for each other on such small images."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def blob(height: int = 300, width: int = 400) -> np.ndarray:

@@ -22,14 +22,7 @@ RANDOM = build_joint_transform("default", size=(24, 30), **PLAIN)
 PLAN = BatchPlan(micro=3, accumulation=2, world_size=1, steps_per_epoch=3)
 COUNT = 20
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a loader's worker; more of them only wait for each other on such small images."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(folder: Path) -> SegmentationManifest:

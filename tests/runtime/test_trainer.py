@@ -19,14 +19,7 @@ from toy_training import ToyLoader, digest, toy_evaluate, toy_fit, toy_model, to
 
 PLAN = BatchPlan(micro=4, accumulation=2, world_size=1, steps_per_epoch=5)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits are compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_hand(epochs: int, plan: BatchPlan) -> tuple[nn.Module, list[float], list[float]]:
