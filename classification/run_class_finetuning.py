@@ -23,18 +23,17 @@ from furnace.data.external import read_external, warn_of_shared_images
 from furnace.data.manifest import Manifest, read_manifest
 from furnace.evaluation.report import metric_lines
 from furnace.evaluation.run import open_evaluation_run
+from furnace.evaluation.summary import summarise, summary_lines
 from furnace.evaluation.training_plots import plot_learning_curve
 from furnace.finetuning import (
     FinetuningOptions,
     build_classifier,
     draw_data,
     monitor_of,
-    settings_of,
-    settle_precision,
     train_once,
 )
-from furnace.finetuning_arguments import finetuning_parser, say_what_holds
-from furnace.finetuning_results import Testing, check_fit, score_splits, summarise, summary_lines
+from furnace.finetuning_arguments import SCRIPT, finetuning_parser
+from furnace.finetuning_results import SHOWN, Testing, check_fit, score_splits
 from furnace.models import Provenance
 from furnace.models.classifier import classifier_of, load_classifier
 from furnace.runtime import distributed
@@ -43,6 +42,8 @@ from furnace.runtime.files import UserError
 from furnace.runtime.precision import pick_device
 from furnace.runtime.run_directory import RunDirectory, child_runs
 from furnace.runtime.tracking import tracking
+from furnace.training import settings_of, settle_precision
+from furnace.training_arguments import say_what_holds
 
 TASK = "finetuning"
 # options that cannot change the numbers, besides those of every evaluation
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not run.previous:  # a new run
         distributed.on_main(lambda: [require_decodable(images) for images in (manifest, external) if images])
-    options = distributed.on_main(functools.partial(settle_precision, options, run, model))
+    options = distributed.on_main(functools.partial(settle_precision, options, run, model, options.input_size))
     distributed.on_main(lambda: run.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype,
                                                      "resolved_monitor": options.monitor}))
     built = [model]
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def settle_options(args: argparse.Namespace) -> None:
     """Say what holds instead of flags without effect; fill in what depends on others; refuse contradictions."""
-    say_what_holds(args)
+    say_what_holds(args, SCRIPT)
     if args.enable_multi_print:
         logging.getLogger().setLevel(logging.INFO)
     args.eval = args.eval or args.mode == "eval"
@@ -225,7 +226,7 @@ def report(run: RunDirectory, results: dict[str, Any]) -> None:
     if not distributed.is_main():
         return
     if "summary" in results:
-        logger.info("%s", summary_lines(results))
+        logger.info("%s", summary_lines(results, SHOWN))
     for name, split in results.get("splits", {}).items():
         if name != "val":
             logger.info("%s", metric_lines(split["metrics"], f"{results['data_set']}, {results['model']}: {split['n']} "

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import run_class_finetuning
-from furnace import finetuning
+from furnace import training
 from furnace.models.tuning import merged_state
 from furnace.runtime.seeding import seed_all, seeded
 from furnace.runtime.trainer import fit
@@ -69,7 +69,7 @@ class World:
         def stop(*given: Any, options: Any) -> None:
             raise Reached(SimpleNamespace(**dict(zip(names, given, strict=True)), options=options))
 
-        self.monkeypatch.setattr(finetuning, "fit", stop)
+        self.monkeypatch.setattr(training, "fit", stop)
         with pytest.raises(Reached) as reached:
             run_class_finetuning.main(self.argv(words))
         return reached.value.got
@@ -86,7 +86,7 @@ class World:
                 options.track({"epoch": 0, "update": 3, "train_loss": 1.5})
             return {"model": merged_state(state.model), "epoch": 0, "meta": options.meta}
 
-        self.monkeypatch.setattr(finetuning, "fit", no_training)
+        self.monkeypatch.setattr(training, "fit", no_training)
         argv = self.argv(words)
         assert run_class_finetuning.main(argv) == 0, self.capsys.readouterr().err
         return Path(argv[len(argv) - 1 - argv[::-1].index("--output_dir") + 1])

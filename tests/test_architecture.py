@@ -8,9 +8,10 @@ import pytest
 from helpers import ROOT
 
 FURNACE = ROOT / "classification" / "furnace"
-FLOOR = {"runtime": 0, "data": 1, "models": 1, "evaluation": 2, "engine_for": 3, "finetuning": 4,
-         "finetuning_results": 4, "federated": 5, "command_line": 6, "published": 6, "arguments": 7,
-         "finetuning_arguments": 8}
+FLOOR = {"runtime": 0, "data": 1, "models": 1, "evaluation": 2, "engine_for": 3, "training": 4, "finetuning": 5,
+         "finetuning_results": 5, "segmentation": 5, "segmentation_results": 5, "federated": 6, "command_line": 7,
+         "published": 7, "arguments": 8, "training_arguments": 9, "finetuning_arguments": 10,
+         "segmentation_arguments": 10}
 SCRIPTS = {path.stem for path in (ROOT / "classification").glob("*.py")}
 MODULES = sorted(FURNACE.rglob("*.py"))
 

@@ -216,7 +216,7 @@ def test_refusals_before_training(whole, tmp_path, monkeypatch, capsys) -> None:
     def fit(*words, **options) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr("furnace.finetuning.fit", fit)
+    monkeypatch.setattr("furnace.training.fit", fit)
     frame = pd.read_csv(csv)
     many = csv.with_name("many.csv")
     frame.assign(labels="a;b").to_csv(many, index=False)

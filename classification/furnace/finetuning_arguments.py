@@ -4,10 +4,25 @@ import argparse
 from pathlib import Path
 
 from furnace.arguments import add_interval_options, add_model_options
-from furnace.command_line import at_least, clean_path, fraction, logger, new_parser, optional_path, positive
+from furnace.command_line import (
+    at_least,
+    clean_path,
+    fraction,
+    new_parser,
+    not_negative,
+    optional_path,
+    positive,
+    share,
+)
 from furnace.engine_for_finetuning import MONITORS
-from furnace.published import TAKES_VALUE, accepted_only, refused
-from furnace.runtime.files import UserError
+from furnace.training_arguments import (
+    add_accepted_options,
+    add_checkpoint_options,
+    add_course_options,
+    add_optimiser_options,
+    add_training_machine_options,
+    add_tuning_options,
+)
 
 SCRIPT = "run_class_finetuning.py"
 
@@ -19,42 +34,20 @@ def finetuning_parser() -> argparse.ArgumentParser:
     _add_model(parser)
     _add_data(parser)
     _add_training(parser)
-    _add_optimiser(parser)
+    add_optimiser_options(parser)
     _add_augmentation(parser)
     _add_evaluation(parser)
     add_interval_options(parser)
     _add_machine(parser)
     _add_output(parser)
-    group = parser.add_argument_group("accepted, without effect", "each is answered by a line that says what holds")
-    for flag, text in (accepted_only(SCRIPT) | refused(SCRIPT)).items():
-        if flag in TAKES_VALUE:
-            group.add_argument(flag, default=None, metavar="X", help=text)
-        else:
-            group.add_argument(flag, action="store_true", help=text)
+    add_accepted_options(parser, SCRIPT)
     return parser
-
-
-def say_what_holds(args: argparse.Namespace) -> None:
-    """A line for every flag without effect that was given.
-
-    Raises:
-        UserError: a flag that is refused was given.
-    """
-    for flag, text in refused(SCRIPT).items():
-        if getattr(args, flag[2:]):
-            raise UserError(f"{flag} is not supported: {text}")
-    for flag, text in accepted_only(SCRIPT).items():
-        if getattr(args, flag[2:]) not in (None, False):
-            logger.info("%s has no effect: %s", flag, text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_tuning_options(parser)
     group = parser.add_argument_group("fine-tuned model")
-    group.add_argument("--tune", choices=["full", "lora", "head"], default="full",
-                       help="what is trained: every weight, low-rank additions and the head, or the head alone")
-    group.add_argument("--lora_rank", type=at_least(1), default=8, help="rank of --tune lora")
-    group.add_argument("--lora_alpha", type=positive, default=16, help="the additions are scaled by alpha / rank")
     group.add_argument("--enable_linear_eval", action="store_true", help="the same as --tune head")
     group.add_argument("--use_mean_pooling", action="store_true", default=None,
                        help="mean of the patch tokens; left out with --use_cls, the model's own (PanDerm: the mean)")
@@ -110,36 +103,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--mode", choices=["train", "eval"], default="train", help="eval is the same as --eval")
     group.add_argument("--batch_size", type=at_least(1), default=64, help="images of a forward pass of one process")
-    group.add_argument("--update_freq", type=at_least(1), default=1, help="forward passes per update of the weights")
     group.add_argument("--epochs", type=at_least(1), default=30, help="passes over train")
-    group.add_argument("--start_epoch", type=at_least(0), default=0, help="begin at this epoch of the schedules")
-    group.add_argument("--early_stop", type=at_least(0), default=0, metavar="N",
-                       help="end after N epochs without a better val; 0 never does")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
-    group.add_argument("--seeds", type=at_least(0), nargs="+", default=None, help="several runs, one of each seed")
-    group.add_argument("--model_ema", action="store_true", help="evaluate and keep a moving average of the weights")
-    group.add_argument("--model_ema_decay", type=share, default=0.9999, help="of the average")
-    group.add_argument("--model_ema_force_cpu", action="store_true", help="keep the average in the CPU's memory")
-
-
-def _add_optimiser(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimiser")
-    group.add_argument("--opt", default="adamw", help="timm's name of it")
-    group.add_argument("--opt_eps", type=positive, default=None, help="of Adam and the like (AdamW's own: 1e-8)")
-    group.add_argument("--opt_betas", type=share, nargs=2, default=None, help="of Adam and the like")
-    group.add_argument("--momentum", type=share, default=0.9, help="of SGD")
-    group.add_argument("--clip_grad", type=positive, default=None, help="largest norm of the gradients; left out, any")
-    group.add_argument("--weight_decay", type=not_negative, default=0.05, help="of weights, not of biases and norms")
-    group.add_argument("--weight_decay_end", type=not_negative, default=None,
-                       help="weight decay goes there by a cosine; left out, it stays")
-    group.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true",
-                       help="none of relative position biases")
-    group.add_argument("--lr", type=positive, default=5e-4, help="highest learning rate, of the head")
-    group.add_argument("--layer_decay", type=positive, default=0.9, help="factor of the rate from each layer down")
-    group.add_argument("--warmup_lr", type=not_negative, default=0.0, help="rate at the start of the warm-up")
-    group.add_argument("--min_lr", type=not_negative, default=1e-6, help="rate at the end of the cosine")
-    group.add_argument("--warmup_epochs", type=not_negative, default=5, help="length of the warm-up")
-    group.add_argument("--warmup_steps", type=int, default=-1, help="the same in updates; from 1 on it counts")
+    add_course_options(group)
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
@@ -182,18 +147,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    group.add_argument("--amp_dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-                       help="precision; auto takes bf16 where a short probe finds it faster")
-    group.add_argument("--compile", action="store_true", help="torch.compile: minutes at first, then faster")
-    group.add_argument("--grad_checkpointing", action="store_true",
-                       help="keep fewer activations and compute them again: less memory, a third more time")
-    group.add_argument("--num_workers", type=at_least(0), default=None,
-                       help="decoding processes; left out, chosen from the machine")
-    group.add_argument("--pin_mem", action="store_true", default=True, dest="pin_mem",
-                       help="page-locked batches for a GPU")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="without them")
+    group = add_training_machine_options(parser, "--num_workers")
     group.add_argument("--enable_multi_print", action="store_true", help="every process prints its log")
 
 
@@ -201,35 +155,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=clean_path, default=Path("output_dir/finetuning"),
                        help="the run's folder; several seeds or folds have folders inside")
-    group.add_argument("--overwrite", action="store_true", help="run again although a run is there")
-    group.add_argument("--auto_resume", action="store_false", default=False, dest="no_auto_resume",
-                       help="continue an unfinished run")
-    group.add_argument("--no_auto_resume", action="store_true", dest="no_auto_resume",
-                       help="refuse to continue an unfinished run")
-    group.add_argument("--save_ckpt", action="store_true", default=True, dest="save_ckpt", help="write checkpoints")
-    group.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt",
-                       help="write none: the run cannot be resumed, nor its model be used later")
-    group.add_argument("--save_ckpt_freq", type=at_least(0), default=0, metavar="N",
-                       help="keep checkpoint-<epoch>.pth every N epochs; 0 keeps none")
-    group.add_argument("--save_every_steps", type=at_least(0), default=0, metavar="N",
-                       help="write checkpoint-last.pth every N updates, too, not only after each epoch")
+    add_checkpoint_options(group)
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
     group.add_argument("--wandb_name", default="demo", help="its project")
     group.add_argument("--exp_name", default=None, help="the run's name there")
     group.add_argument("--log_dir", type=optional_path, default=None, help="TensorBoard event files go there")
-
-
-def share(text: str) -> float:
-    """A number in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value

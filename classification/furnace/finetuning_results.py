@@ -1,11 +1,8 @@
-"""The test of a fine-tuned classifier: predictions, metrics with intervals, plots; and the summary of several runs."""
+"""The test of a fine-tuned classifier: predictions, metrics with intervals, plots."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 
 from furnace.data.class_names import numbered
@@ -18,7 +15,7 @@ from furnace.evaluation.plots import draw_classification_plots
 from furnace.evaluation.report import predictions_table, score_split
 from furnace.evaluation.statistics import resampling_for
 from furnace.models.classifier import FineTuned
-from furnace.runtime import distributed, files
+from furnace.runtime import distributed
 from furnace.runtime.files import UserError
 from furnace.runtime.run_directory import RunDirectory
 
@@ -133,37 +130,3 @@ def _score(run: RunDirectory, name: str, manifest: Manifest, found: Predicted, h
                                   manifest.class_names, calibrated=calibrated)
     return score_split(labels, found.probabilities, resampling=resampling,
                        temperature=None if name == "val" else temperature, fitted_on=fitted_on)
-
-
-def summarise(folder: Path, settings: list[dict[str, Any]], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds and folds; writes table.csv, a row per run and split.
-
-    Returns:
-        What results.json of the parent holds.
-    """
-    rows = [{"split": split, **setting, "best_epoch": outcome["best_epoch"],
-             **{name: entry["value"] for name, entry in scored["metrics"].items()}}
-            for setting, outcome in zip(settings, outcomes, strict=True)
-            for split, scored in outcome["splits"].items()]
-    table = pd.DataFrame(rows)
-    files.write_table(folder / "table.csv", table)
-    metrics = [name for name in outcomes[0]["splits"]["test"]["metrics"]]
-    summary = []
-    for split, runs in table.groupby("split", sort=False):
-        for name in metrics:
-            values = runs[name].dropna().to_numpy(dtype=float)
-            summary.append({"split": split, "metric": name, "runs": len(values),
-                            "mean": float(np.mean(values)) if len(values) else None,
-                            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None})
-    shared = {key: outcomes[0][key] for key in ("task", "data_set", "model", "amp_dtype", "class_names", "tta")}
-    return {**shared, "runs": settings, "summary": summary}
-
-
-def summary_lines(results: dict[str, Any]) -> str:
-    """The summary for the eye: mean (SD) over the runs."""
-    lines = [f"{results['data_set']}, {results['model']}: mean (SD) over {len(results['runs'])} runs"]
-    for entry in results["summary"]:
-        if entry["metric"] in SHOWN and entry["mean"] is not None:
-            spread = "" if entry["sd"] is None else f" ({entry['sd']:.4f})"
-            lines.append(f"  {entry['split']:<9} {entry['metric']:<12} {entry['mean']:.4f}{spread}")
-    return "\n".join(lines)

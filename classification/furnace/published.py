@@ -122,8 +122,53 @@ FINETUNING = {
     "--enable_multi_print": "works as its help says: every process prints its log",
 }
 
-PUBLISHED = {"linear_eval.py": LINEAR, "run_class_finetuning.py": FINETUNING}
-TAKES_VALUE = ("--world_size", "--local_rank", "--dist_url")  # of the NOTICE flags
+SEGMENTATION = {
+    "--cfg": "NOTICE: options come from a file with -c FILE.yaml",
+    "--workers": "works as published (0, which failed, too); the default is chosen from the machine",
+    "--gpu": "works as its help says: numbers of the GPUs (\"0\", the default, crashed); several need torchrun",
+    "--batch_size": "works as published: images of a forward pass of one process; the default is the recipe's",
+    "--test_batch_size": "works as published, as an upper bound",
+    "--epoch": "works as published; the default is the recipe's",
+    "--resume": "works as its help says (it started over): go on with this fold of --kfold alone; without --kfold an "
+                "unfinished run always goes on",
+    "--lr": "works as published; the default is the recipe's",
+    "--weight_decay": "works as published; the default is the recipe's",
+    "--pretrained": "works as its help says (the path was in the code): the backbone's checkpoint; unfitting files are "
+                    "refused",
+    "--size": "works as its help says (other than 224 crashed): positions are resampled; two numbers are height and "
+              "width",
+    "--kfold": "works as its help says (it trained five times on one split): cross-validation in 5 parts, or so many, "
+               "lesions kept together",
+    "--model": "works as published: cae_seg; any timm or Hugging Face backbone besides. The others crashed and are "
+               "refused",
+    "--patch_size": "NOTICE: the backbone's name decides (it did nothing)",
+    "--window_size": "NOTICE: the backbone's name decides (it did nothing); sliding windows are --window",
+    "--embed_dim": "NOTICE: the backbone's name decides (it did nothing)",
+    "--depths": "NOTICE: the backbone's name decides (it did nothing)",
+    "--num_heads": "NOTICE: the backbone's name decides (it did nothing)",
+    "--save_name": "works as published: the run's folder, in which everything lies",
+    "--dataset": "works as its help says (ISIC 2018 alone was read): a public set by its name",
+    "--dataset_path": "NOTICE: the data lie in --parent_path (it did nothing)",
+    "--parent_path": "works as published, with or without a slash at its end",
+    "--split": "NOTICE: the archive's folders or the CSV's column split decide (it did nothing)",
+    "--smoke_test": "NOTICE: log.txt has the course of every run; wandb and TensorBoard only when asked for",
+    "--seed": "works as published; the default is 0",
+    "--percent": "works as published: per cent of the train images, of a seeded draw instead of the first found",
+    "--save_results": "works as published: outlined test images, in overlays/",
+    "--log_name": "works as published: the run's name in wandb",
+    "--description": "works as published: the run's notes in wandb",
+    "--tags": "works as published: tags in wandb, one or more",
+    "--id": "works as published: the run's id in wandb; left out, the run's fingerprint",
+    "--resume_wandb": "NOTICE: a run that goes on always goes on in wandb, too",
+    "--update_config": "NOTICE: args.yaml and env.json are always those of the run (it neither trained nor tested)",
+    "--use_tensorboard": "works as published: TensorBoard files in the run's folder log/",
+    "--evaluate": "works as published; a missing checkpoint is refused (a random head was scored)",
+}
+
+PUBLISHED = {"linear_eval.py": LINEAR, "run_class_finetuning.py": FINETUNING, "segmentation/run.py": SEGMENTATION}
+# of the NOTICE flags
+TAKES_VALUE = ("--world_size", "--local_rank", "--dist_url", "--cfg", "--patch_size", "--window_size", "--embed_dim",
+               "--depths", "--num_heads", "--dataset_path", "--split")
 
 
 def accepted_only(script: str) -> dict[str, str]:

@@ -129,11 +129,17 @@ def build_loader(manifest: Manifest, transform: Transform, *, batch_size: int, n
         device: where the batches will go; pinned memory and larger batches for cuda.
         seed: of a random transform, whose numbers then depend on the image's place alone.
     """
+    return loader_in_order(ImageDataset(manifest, transform, seed), batch_size=batch_size, num_workers=num_workers,
+                           device=device)
+
+
+def loader_in_order(dataset: Dataset, *, batch_size: int, num_workers: int | None = None,
+                    device: torch.device | str = "cpu", collate_fn: Callable[[list], Any] = collate) -> DataLoader:
+    """The loader of any dataset in its order; the options are those of ``build_loader``."""
     kind = torch.device(device).type
-    dataset = ImageDataset(manifest, transform, seed)
     return DataLoader(dataset, batch_size=min(batch_size, LARGEST_BATCH.get(kind, 32)),
                       sampler=StridedSampler(range(len(dataset))), num_workers=_workers(num_workers, len(dataset)),
-                      collate_fn=collate, worker_init_fn=outlive_signals, pin_memory=kind == "cuda")
+                      collate_fn=collate_fn, worker_init_fn=outlive_signals, pin_memory=kind == "cuda")
 
 
 def build_train_loader(manifest: Manifest, transform: Transform, sampler: TrainSampler, *, plan: BatchPlan, seed: int,

@@ -4,6 +4,7 @@ Every transform squashes to ``size`` and loses the aspect, as both published rec
 goes back to the image's own size by one resize, without crops to undo.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,6 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional
-
-from furnace.data.transforms import Transform
 
 RECIPES = ("default", "panderm", "dermino")
 IGNORED = 255  # of a mask: no truth there, the loss leaves it out
@@ -75,8 +74,8 @@ def build_joint_transform(recipe: str = "default", *, size: int | tuple[int, int
 
 
 def build_image_transform(recipe: str = "default", *, size: int | tuple[int, int], mean: tuple[float, ...],
-                          std: tuple[float, ...]) -> Transform:
-    """The evaluation transform of a recipe, for ``build_loader``: PIL RGB squashed to (3, h, w) float32.
+                          std: tuple[float, ...]) -> Callable[[Image.Image | torch.Tensor], torch.Tensor]:
+    """The evaluation transform of a recipe: PIL RGB, or (3, H, W) uint8, squashed to (3, h, w) float32.
 
     Args:
         recipe: as for ``build_joint_transform``; decides how the image is resized.
@@ -86,8 +85,9 @@ def build_image_transform(recipe: str = "default", *, size: int | tuple[int, int
     """
     recipe, size, normalise = _known(recipe), _pair(size), _normalisation(mean, std)
 
-    def transform(image: Image.Image) -> torch.Tensor:
-        return normalise(_squash(functional.pil_to_tensor(image), recipe, size))
+    def transform(image: Image.Image | torch.Tensor) -> torch.Tensor:
+        pixels = image if isinstance(image, torch.Tensor) else functional.pil_to_tensor(image)
+        return normalise(_squash(pixels, recipe, size))
 
     return transform
 

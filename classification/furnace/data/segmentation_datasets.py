@@ -1,17 +1,20 @@
-"""Images with their masks as tensors, as a sampler draws them.
+"""Images with their masks as tensors, as a sampler draws them; and photographs in order, for a model's masks.
 
-For evaluation ``datasets.build_loader`` serves: a model sees images only, and its map is scored against the mask at the
-mask's own size.
+In an evaluation the model sees images only, and its map is scored against the mask at the mask's own size.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
 
-from furnace.data.datasets import Batch, decode, loader_of_draws
+from furnace.data.datasets import Batch, decode, loader_in_order, loader_of_draws
 from furnace.data.images import load_rgb
 from furnace.data.joint_transforms import JointTransform
+from furnace.data.manifest import Manifest
 from furnace.data.masks import load_mask
 from furnace.data.samplers import Draw, TrainSampler
 from furnace.data.segmentation import SegmentationManifest
@@ -92,3 +95,74 @@ def build_segmentation_loader(manifest: SegmentationManifest, transform: JointTr
     return loader_of_draws(SegmentationDataset(manifest, transform, seed), sampler, plan=plan, seed=seed,
                            collate_fn=collate_with_masks, num_workers=num_workers, device=device,
                            pin_memory=pin_memory)
+
+
+@dataclass
+class Photo:
+    """A photograph for a model.
+
+    Attributes:
+        index: its place in the manifest.
+        size: (H, W) of the picture in pixels.
+        inputs: the whole picture as the model wants it, (3, h, w) float32 for each of its sizes; or
+        pixels: (3, H, W) uint8, to be cut into windows.
+    """
+
+    index: int
+    size: tuple[int, int]
+    inputs: list[torch.Tensor]
+    pixels: torch.Tensor | None = None
+
+
+@dataclass
+class PhotoBatch:
+    """Photographs of any sizes, and (position, reason) of files that cannot be decoded."""
+
+    photos: list[Photo]
+    broken: list[tuple[int, str]]
+
+
+class PhotoDataset(Dataset):
+    """``dataset[i]`` is a Photo, or (i, reason) for a file that cannot be decoded.
+
+    Args:
+        manifest: the images.
+        transforms: from ``build_image_transform``, one for each size of input; none keeps the pixels.
+    """
+
+    def __init__(self, manifest: Manifest, transforms: Sequence[Callable[[Image.Image], torch.Tensor]]) -> None:
+        self.manifest, self.transforms = manifest, transforms
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, index: int) -> Photo | tuple[int, str]:
+        image, reason = decode(load_rgb, self.manifest.path_of(index))
+        if reason is not None:
+            return index, reason
+        size = (image.height, image.width)
+        if not self.transforms:
+            return Photo(index, size, [], functional.pil_to_tensor(image))
+        return Photo(index, size, [transform(image) for transform in self.transforms])
+
+
+def collate_photos(items: list[Photo | tuple[int, str]]) -> PhotoBatch:
+    """Lists; nothing is stacked, since sizes differ."""
+    return PhotoBatch([item for item in items if isinstance(item, Photo)],
+                      [item for item in items if not isinstance(item, Photo)])
+
+
+def build_photo_loader(manifest: Manifest, transforms: Sequence[Callable[[Image.Image], torch.Tensor]], *,
+                       batch_size: int, num_workers: int | None = None, device: torch.device | str = "cpu"
+                       ) -> DataLoader:
+    """Photographs in the manifest's order; under torchrun each process gets its share, none twice.
+
+    Args:
+        manifest: the images.
+        transforms: as for ``PhotoDataset``.
+        batch_size: photographs per batch at most.
+        num_workers: decoding processes; None picks.
+        device: where they will go; on a CPU small batches are fastest.
+    """
+    return loader_in_order(PhotoDataset(manifest, transforms), batch_size=batch_size, num_workers=num_workers,
+                           device=device, collate_fn=collate_photos)

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Box(NamedTuple):
@@ -90,14 +92,14 @@ def _hann(length: int) -> torch.Tensor:
     return torch.sin(torch.pi * (torch.arange(length, dtype=torch.float64) + 0.5) / length) ** 2
 
 
-def predict_in_windows(crop: Callable[[Box], torch.Tensor], forward: Callable[[torch.Tensor], torch.Tensor],
+def predict_in_windows(crop: Callable[[Box], T], forward: Callable[[list[T]], torch.Tensor],
                        size: tuple[int, int], *, window: tuple[int, int], overlap: float = 0.5,
                        batch_size: int = 4) -> torch.Tensor:
     """Cut, predict and blend a picture with no more than a batch of windows in memory.
 
     Args:
-        crop: makes the input of a box, (3, h, w).
-        forward: (B, 3, h, w) to (B, h, w) or (B, C, h, w) predictions of the same h and w.
+        crop: makes the input of a box.
+        forward: the inputs of B windows to (B, h, w) or (B, C, h, w) predictions of their size.
         size: (H, W) of the picture.
         window: (h, w).
         overlap: as for ``sliding_windows``.
@@ -111,6 +113,6 @@ def predict_in_windows(crop: Callable[[Box], torch.Tensor], forward: Callable[[t
     def predictions() -> Iterator[torch.Tensor]:
         left = iter(boxes)
         while batch := list(islice(left, batch_size)):
-            yield from forward(torch.stack([crop(box) for box in batch]))
+            yield from forward([crop(box) for box in batch])
 
     return blend(boxes, predictions(), size)

@@ -185,7 +185,7 @@ def extract_features(backbone: torch.nn.Module, loader: DataLoader, *, device: t
 def _run(backbone: torch.nn.Module, loader: DataLoader, device: torch.device, amp_dtype: str,
          keep: Callable[[int, np.ndarray], None], description: str) -> list[tuple[int, str]]:
     """Hand this process's rows to ``keep(first, (B, D))`` batch by batch; returns the files that cannot be decoded."""
-    forward = _Forward(backbone, loader.batch_size)
+    forward = SteadyForward(backbone, loader.batch_size)
     broken: list[tuple[int, str]] = []
     done = 0
     with (tqdm(total=len(loader.sampler), unit="image", desc=description, disable=not distributed.is_main(),
@@ -201,8 +201,8 @@ def _run(backbone: torch.nn.Module, loader: DataLoader, device: torch.device, am
     return broken
 
 
-class _Forward:
-    """``(B, [V,] 3, H, W) -> (B, D)``, always by forward passes of one size; halves it when a GPU's memory is small."""
+class SteadyForward:
+    """(B, [V,] 3, H, W) -> (B, ...), always by forward passes of one size; halves it when a GPU's memory is small."""
 
     def __init__(self, backbone: Callable[[torch.Tensor], torch.Tensor], size: int) -> None:
         self.backbone, self.size = backbone, size

@@ -67,9 +67,9 @@ def table_row(data_set: str, metrics: Metrics) -> str:
 
 def metric_lines(results: dict[str, dict], title: str) -> str:
     """A table of the ``metrics`` of a split of results.json: value, 95 % interval, reasons for what is missing."""
-    lines = [title]
+    lines, width = [title], max([12, *map(len, results)])
     for name, entry in results.items():
         value = "nan" if entry["value"] is None else f"{entry['value']:.4f}"
         interval = "" if entry["low"] is None else f"  [{entry['low']:.4f}, {entry['high']:.4f}]"
-        lines.append(f"  {name:<12} {value:>7}{interval}" + (f"   ({entry['reason']})" if entry["reason"] else ""))
+        lines.append(f"  {name:<{width}} {value:>7}{interval}" + (f"   ({entry['reason']})" if entry["reason"] else ""))
     return "\n".join(lines)

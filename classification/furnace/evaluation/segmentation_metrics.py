@@ -121,6 +121,23 @@ def pooled_metrics(counts: pd.DataFrame | Mapping[str, Any]) -> dict[str, float]
     return {name: float(value) for name, value in zip(POOLED, _overlaps(*sums), strict=True)}
 
 
+def overlap_means(counts: np.ndarray) -> dict[str, float]:
+    """The metrics that need no distances, as means over the images, and the pooled ones: quick, for every epoch.
+
+    Args:
+        counts: (N, 4) pixels of each image by the names of COUNTS.
+
+    Returns:
+        dice, jaccard, threshold_jaccard, pixel_acc, pooled_dice, pooled_jaccard.
+    """
+    tp, fp, fn, tn = np.asarray(counts, dtype=np.float64).T
+    dice, jaccard = _overlaps(tp, fp, fn)
+    means = {"dice": dice, "jaccard": jaccard, "threshold_jaccard": np.where(jaccard >= LEAST_JACCARD, jaccard, 0.0),
+             "pixel_acc": (tp + tn) / (tp + fp + fn + tn)}
+    return {**{name: float(values.mean()) for name, values in means.items()},
+            **pooled_metrics({"tp": tp, "fp": fp, "fn": fn})}
+
+
 def score_segmentation(table: pd.DataFrame, *, resampling: Resampling) -> dict[str, Any]:
     """Everything that results.json says of a split: plain means over the images, and pooled metrics.
 

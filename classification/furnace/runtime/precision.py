@@ -66,17 +66,19 @@ def prepare_for_inference(backbone: torch.nn.Module, amp_dtype: str, compile_bac
     return torch.compile(backbone, dynamic=False) if compile_backbone else backbone
 
 
-def resolve_amp_dtype(requested: str, backbone: torch.nn.Module, device: torch.device, input_size: int) -> str:
+def resolve_amp_dtype(requested: str, backbone: torch.nn.Module, device: torch.device,
+                      input_size: int | tuple[int, int]) -> str:
     """Turn ``auto`` into bf16 or fp32 by timing a few forward passes; other values are returned as they are.
 
     Args:
         requested: auto, bf16, fp16 or fp32.
         backbone: the model on ``device``, in eval mode.
-        input_size: side of the square probe images in pixels.
+        input_size: side, or (height, width), of the probe images in pixels.
     """
     if requested != "auto":
         return requested
-    images = torch.zeros(32 if device.type == "cuda" else 4, 3, input_size, input_size, device=device)
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    images = torch.zeros(32 if device.type == "cuda" else 4, 3, *size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)  # timed as it will run
     seconds = {name: _time_forward(prepare_for_inference(backbone, name), images, name) for name in ("fp32", "bf16")}
     chosen = "bf16" if seconds["bf16"] * WORTHWHILE < seconds["fp32"] else "fp32"

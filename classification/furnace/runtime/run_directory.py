@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
 RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "summary.csv",
-             "probe.safetensors", "probe.json", "plots")
+             "probe.safetensors", "probe.json", "plots", "masks", "overlays")
 ONCE = ("config", "overwrite", "no_auto_resume")  # said for one start of a run, not part of it
 PREVIOUS = "previous"  # where --overwrite moves the files of the run before
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "Pillow")
@@ -55,6 +55,10 @@ class RunDirectory:
         self.parts = parts
         self.fingerprint = fingerprint(parts)
         self.previous = previous
+
+    def child_path(self, setting: dict[str, Any]) -> Path:
+        """The folder inside of the run of one seed, fold or fraction."""
+        return self.path / "_".join(f"{key}_{value}" for key, value in setting.items())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -187,7 +191,7 @@ def child_runs(parent: RunDirectory, settings: Sequence[dict[str, Any]],
     on_main = distributed.on_main if together else lambda function: function()
 
     def open_children() -> list[RunDirectory]:
-        return [open_run(parent.path / "_".join(f"{key}_{value}" for key, value in setting.items()),
+        return [open_run(parent.child_path(setting),
                          environment={"seed": setting.get("seed")}, overwrite=overwrite,
                          parts={**parent.parts, **setting, "parent": parent.fingerprint}) for setting in settings]
 

@@ -1,7 +1,7 @@
 """Live curves of a training elsewhere than in log.txt: Weights & Biases and TensorBoard, only when asked for."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from furnace.runtime.files import UserError
 
 @contextlib.contextmanager
 def tracking(*, folder: Path, run_id: str, config: dict[str, Any], wandb_project: str | None = None,
-             run_name: str | None = None, tensorboard: Path | None = None
+             run_name: str | None = None, notes: str | None = None, tags: Sequence[str] = (),
+             tensorboard: Path | None = None
              ) -> Iterator[Callable[[dict[str, Any]], None] | None]:
     """Open what was asked for; a resumed run goes on with its curves.
 
@@ -21,6 +22,8 @@ def tracking(*, folder: Path, run_id: str, config: dict[str, Any], wandb_project
         config: plain options shown beside the curves.
         wandb_project: None leaves wandb out.
         run_name: what wandb calls the run.
+        notes: on the run, for wandb.
+        tags: of the run, for wandb.
         tensorboard: folder of its event files; None leaves it out.
 
     Yields:
@@ -37,7 +40,7 @@ def tracking(*, folder: Path, run_id: str, config: dict[str, Any], wandb_project
             except ImportError as error:
                 raise UserError("--wandb needs Weights & Biases: pip install wandb") from error
             run = wandb.init(project=wandb_project, name=run_name, id=run_id, resume="allow", config=config,
-                             dir=str(folder))
+                             notes=notes, tags=tags, dir=str(folder))
             stack.callback(run.finish)
             sinks.append(lambda entry: run.log(entry, step=entry["update"]))
         if tensorboard is not None:

@@ -1,0 +1,147 @@
+"""Command-line options of segmentation/run.py: every published flag, and ours; the recipes are their defaults."""
+
+import argparse
+from pathlib import Path
+
+from furnace.command_line import at_least, clean_path, new_parser, not_negative, optional_path, share
+from furnace.data.segmentation import VAL_FRACTION
+from furnace.data.segmentation_folders import LAYOUTS
+from furnace.engine_for_segmentation import MONITORS
+from furnace.models.segmenter import HEADS
+from furnace.segmentation import RECIPES
+from furnace.training_arguments import (
+    add_accepted_options,
+    add_checkpoint_options,
+    add_course_options,
+    add_optimiser_options,
+    add_training_machine_options,
+    add_tuning_options,
+)
+
+SCRIPT = "segmentation/run.py"
+FOLDS = 5  # of --kfold without a number, as published
+
+
+def segmentation_parser(recipe: str = "default") -> argparse.ArgumentParser:
+    """The options of segmentation/run.py, with the numbers of a recipe as defaults."""
+    parser = new_parser("Segmentation of skin lesions: train on train, choose the epoch on val, test once. With "
+                        "--evaluate only the test, with --predict masks of new photographs.")
+    _add_model(parser)
+    _add_data(parser)
+    _add_training(parser)
+    add_optimiser_options(parser)
+    _add_evaluation(parser)
+    _add_machine(parser)
+    _add_output(parser)
+    add_accepted_options(parser, SCRIPT)
+    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--recipe", choices=list(RECIPES),
+                       help="ours (default), or PanDerm's or DermINO's published one: transform, loss, and the "
+                            "defaults of the options below")
+    group.add_argument("--model", type=str.strip,
+                       help="cae_seg (PanDerm_Large_LP with UPerNet, as published), or a backbone: PanDerm_Base_LP, "
+                            "DermINO_Base, dinov2, demo, timm:NAME, hf-hub:OWNER/NAME")
+    group.add_argument("--pretrained", type=str.strip, default=None,
+                       help="the backbone's checkpoint file, hf-hub:OWNER/NAME, or 'random'; left out, the weights "
+                            "that belong to the model's name")
+    group.add_argument("--size", type=at_least(16), nargs="+", default=None, metavar="PIXELS",
+                       help="side of the model's input, or its height and width; left out, 224, or that of the "
+                            "checkpoint")
+    group.add_argument("--head", choices=HEADS, help="UPerNet, or one linear layer on the last map")
+    group.add_argument("--taps", type=at_least(0), nargs="+",
+                       help="blocks (levels of a network with a pyramid) that the head looks at, from 0; left out, "
+                            "four spread over the depth, for a linear head the last")
+    group.add_argument("--channels", type=at_least(1),
+                       help="width inside UPerNet; left out, PanDerm's and DermINO's own width, else 256")
+    group.add_argument("--pool_scales", type=at_least(1), nargs="+", help="of UPerNet's pyramid pooling")
+    group.add_argument("--pyramid", action="store_true", dest="pyramid",
+                       help="bring the taps of a plain transformer to four resolutions before UPerNet")
+    group.add_argument("--no_pyramid", action="store_false", dest="pyramid", help="leave them at one, as DermINO does")
+    group.add_argument("--dropout", type=share,
+                       help="before the last layer; left out, the recipe's (dermino with a linear head: 0.1, else 0)")
+    group.add_argument("--drop_path", type=share,
+                       help="stochastic depth of the backbone; left out, 0.1 where it has it")
+    add_tuning_options(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default=None,
+                       help=f"a public set in its archives' folders: {', '.join(LAYOUTS)}; or --csv_path")
+    group.add_argument("--parent_path", type=clean_path, default=Path("data"), help="the folder that holds it")
+    group.add_argument("--csv_path", type=optional_path, default=None, help="a CSV with image, mask, split")
+    group.add_argument("--root_path", type=optional_path, default=None,
+                       help="folder of the CSV's images and masks (or of those that --predict's CSV names); left out, "
+                            "the CSV's own")
+    group.add_argument("--val_fraction", type=share, default=VAL_FRACTION,
+                       help="share of train that becomes val where a set has none")
+    group.add_argument("--percent", type=not_negative, default=100.0, help="per cent of the train images, up to 100")
+    group.add_argument("--kfold", type=at_least(0), nargs="?", const=FOLDS, default=0, metavar="K",
+                       help=f"cross-validation in {FOLDS}, or K, parts of train and val (lesions and patients kept "
+                            "together); test is left alone")
+    group.add_argument("--strict_split", action="store_true",
+                       help="refuse leakage between splits and repeated rows instead of warning")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("-b", "--batch_size", type=at_least(1), help="images of a forward pass of one process")
+    group.add_argument("--epoch", type=at_least(1), dest="epochs", help="passes over train")
+    group.add_argument("--resume", type=int, default=-1, dest="resume_fold", metavar="FOLD",
+                       help="with --kfold: make or continue this fold alone, e.g. one per job; -1: all")
+    group.add_argument("--dice_weight", type=not_negative, help="of the Dice loss beside cross-entropy; 0: none")
+    group.add_argument("--cosine_by", choices=["update", "epoch"],
+                       help="the rate falls with every update, or stays as it is within an epoch (no warm-up then)")
+    group.add_argument("--decay_all", action="store_true", dest="decay_all",
+                       help="weight decay of biases, norms and positions, too, as PanDerm's code has it")
+    group.add_argument("--decay_weights", action="store_false", dest="decay_all", help="of weights alone")
+    group.add_argument("--monitor", choices=MONITORS, default=MONITORS[0],
+                       help="metric of val by which the epoch is chosen")
+    add_course_options(group)
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--evaluate", action="store_true", help="only test: --checkpoint, or the best of --save_name")
+    group.add_argument("--checkpoint", type=optional_path, default=None, metavar="FILE",
+                       help="of --evaluate and --predict: a checkpoint-best.pth, or a published .ckpt")
+    group.add_argument("--predict", type=optional_path, default=None, metavar="INPUT",
+                       help="an image, a folder, or a CSV with a column image: write masks and outlined pictures")
+    group.add_argument("--all_as_test", action="store_true",
+                       help="with --evaluate: test on every image of the set, whatever its split (an external set)")
+    group.add_argument("--tta", choices=["flips", "scales"], nargs="*", default=None,
+                       help="test-time augmentation: average over four flips and three sizes, or over one of them")
+    group.add_argument("--largest_component", action="store_true",
+                       help="keep the largest lesion of a mask and fill its holes")
+    group.add_argument("--window", type=at_least(16), nargs="+", default=None, metavar="PIXELS",
+                       help="cut large pictures into overlapping windows of this side (or height and width), each "
+                            "squashed to --size; left out, the whole picture is")
+    group.add_argument("--overlap", type=share, default=0.5, help="least common share of neighbouring windows")
+    group.add_argument("--test_batch_size", type=at_least(1), default=12, help="pictures per forward pass at most")
+    group.add_argument("--save_results", action="store_true",
+                       help="write every test image with the true and the predicted outline")
+    group.add_argument("--resamples", type=at_least(100), default=1000, help="of the bootstrap")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = add_training_machine_options(parser, "--workers", "--worker")
+    group.add_argument("--gpu", default=None, metavar="NUMBERS", help='of the GPUs to use, e.g. "0" or "0,1"')
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_name", type=clean_path, default=Path("output_dir/segmentation"), dest="output_dir",
+                       help="the run's folder; several seeds or folds have folders inside")
+    add_checkpoint_options(group)
+    group.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
+    group.add_argument("--wandb_project", default="segmentation", help="its project")
+    group.add_argument("--log_name", default=None, help="the run's name there")
+    group.add_argument("--description", default=None, help="its notes")
+    group.add_argument("--tags", nargs="+", default=None, help="its tags")
+    group.add_argument("--id", default=None, help="its id; left out, the run's fingerprint")
+    group.add_argument("--use_tensorboard", action="store_true", help="TensorBoard event files in --save_name/log")

@@ -1,0 +1,347 @@
+"""Segment skin lesions: train a head on any backbone, test it, or write masks for new photographs.
+
+    python run.py --dataset ISIC2018 --parent_path DATA/ --model cae_seg --recipe panderm \
+        --pretrained panderm_ll_data6_checkpoint-499.pth --save_name RUN
+    python run.py --csv_path DATA/masks.csv --model demo --head upernet --save_name RUN
+    python run.py ... --save_name RUN --evaluate [--checkpoint FILE]
+    python run.py --save_name RUN --predict FOLDER_OR_CSV [--checkpoint FILE]
+
+Trains on train, chooses the epoch on val, tests once. The same command goes on where an unfinished run was.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import furnace as furnace
+except ModuleNotFoundError as missing:
+    if missing.name != "furnace":
+        raise
+    sys.exit("error: this script needs the package furnace: type\n  pip install -r requirements.txt && pip install -e ."
+             "\nin the repository's root")
+
+import torch
+
+from furnace.command_line import entry_point, logger, parse
+from furnace.data.datasets import require_decodable
+from furnace.data.segmentation import SegmentationManifest, read_segmentation
+from furnace.data.unlabelled import read_images
+from furnace.evaluation.lesion_masks import SCALES, Masking
+from furnace.evaluation.report import metric_lines
+from furnace.evaluation.run import open_evaluation_run
+from furnace.evaluation.summary import summarise, summary_lines
+from furnace.evaluation.training_plots import plot_learning_curve
+from furnace.models import Provenance
+from furnace.models.segmentation_files import Segmenter, load_segmenter, segmenter_of
+from furnace.models.segmenter import SegmentationModel
+from furnace.runtime import distributed, files
+from furnace.runtime.checkpoints import BEST
+from furnace.runtime.files import UserError
+from furnace.runtime.precision import pick_device
+from furnace.runtime.run_directory import RESULTS, RunDirectory, child_runs
+from furnace.runtime.tracking import tracking
+from furnace.segmentation import (
+    RECIPES,
+    SIZE,
+    SegmentationOptions,
+    build_model,
+    cut_batches,
+    draw_data,
+    train_once,
+)
+from furnace.segmentation_arguments import SCRIPT, segmentation_parser
+from furnace.segmentation_results import SHOWN, Testing, predict_photographs, score_splits
+from furnace.training import build_schedules, settings_of, settle_precision
+from furnace.training_arguments import say_what_holds
+
+TASK = "segmentation"
+PUBLISHED_PAIR = {"cae_seg": "PanDerm_Large_LP"}  # with UPerNet
+PUBLISHED_ELSE = ("UNet", "vit_large")  # names of the published code that could not work there
+# options that cannot change the numbers, besides those of every evaluation
+NOT_IN_FINGERPRINT = {"dataset", "parent_path", "pretrained", "evaluate", "checkpoint", "predict", "resume_fold",
+                      "resume", "grad_checkpointing", "pin_mem", "save_ckpt", "save_ckpt_freq", "save_every_steps",
+                      "save_results", "test_batch_size", "gpu", "wandb", "wandb_project", "log_name", "description",
+                      "tags", "id", "use_tensorboard", "cfg", "patch_size", "window_size", "embed_dim", "depths",
+                      "num_heads", "dataset_path", "split", "smoke_test", "resume_wandb", "update_config"}
+# what a test depends on, and what open_evaluation_run reads
+TEST_OPTIONS = {"amp_dtype", "tta", "largest_component", "window", "overlap", "size", "all_as_test", "val_fraction",
+                "seed", "resamples", "output_dir", "overwrite", "no_auto_resume"}
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, test or predict; returns the exit code."""
+    args = parse(segmentation_parser(), argv)
+    if args.recipe != "default":
+        args = parse(segmentation_parser(args.recipe), argv)  # its numbers are defaults: the command line wins
+    given = dict(vars(args))  # args.yaml says what was asked for
+    settle_options(args)
+    if args.predict:
+        return predict(args)
+    manifest = read_data(args)
+    return test_checkpoint(args, given, manifest) if args.evaluate else train(args, given, manifest)
+
+
+def settle_options(args: argparse.Namespace) -> None:
+    """Say what holds instead of flags without effect; fill in what depends on others; refuse contradictions."""
+    say_what_holds(args, SCRIPT)
+    default = segmentation_parser(args.recipe).get_default
+    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
+    args.resume = None
+    ready = args.evaluate or args.predict
+    pairs = {name: getattr(args, name) for name in ("size", "window")}
+    wrong = [
+        *((values is not None and len(values) > 2, f"--{name} takes one number, or height and width")
+          for name, values in pairs.items()),
+        (args.evaluate and args.predict is not None, "--evaluate and --predict exclude each other"),
+        (not ready and args.checkpoint is not None,
+         "--checkpoint is of --evaluate and --predict; weights to train from are --pretrained"),
+        (not args.evaluate and args.all_as_test, "--all_as_test is of --evaluate"),
+        (not args.predict and (args.dataset is None) == (args.csv_path is None),
+         "pass either --dataset NAME with --parent_path FOLDER, or --csv_path FILE with image, mask, split"),
+        (not ready and not args.model, "--model is missing: cae_seg, a backbone's name, or demo"),
+        (args.model in PUBLISHED_ELSE, f"--model {args.model} could not run in the published code, either: pass "
+                                       "cae_seg, or a backbone's name with --head"),
+        (args.model in PUBLISHED_PAIR and args.head != "upernet",
+         "--model cae_seg is PanDerm_Large_LP with UPerNet: for a linear head pass --model PanDerm_Large_LP"),
+        (args.head == "linear" and (args.channels != default("channels") or
+                                    args.pool_scales != default("pool_scales")),
+         "--channels and --pool_scales are of --head upernet"),
+        (args.tune != "lora" and any(getattr(args, name) != default(name) for name in ("lora_rank", "lora_alpha")),
+         "--lora_rank and --lora_alpha are of --tune lora: add it"),
+        (args.cosine_by == "epoch" and (args.warmup_epochs > 0 or args.warmup_steps > 0),
+         "--cosine_by epoch has no warm-up: add --warmup_epochs 0"),
+        (args.percent > 100, f"--percent {args.percent:g} is above 100"),
+        (args.val_fraction == 1, "--val_fraction 1 leaves no train image"),
+        (args.overlap == 1, "--overlap 1 would need endless windows: take less, e.g. 0.5"),
+        (args.overlap != default("overlap") and args.window is None, "--overlap is of --window: add it"),
+        (args.kfold == 1, "--kfold 1 is no cross-validation: take 2 or more"),
+        (args.kfold and ready, "--kfold is of a training: test or use one fold's --checkpoint"),
+        (args.resume_fold < -1 or args.resume_fold >= max(1, args.kfold),
+         f"--resume {args.resume_fold} is no fold: with --kfold {args.kfold or 5} they are 0 to "
+         f"{(args.kfold or 5) - 1}, and -1 is all" + ("" if args.kfold else "; add --kfold")),
+        (args.resume_fold >= 0 and len(args.seeds) > 1, "--resume FOLD goes with one seed: leave out --seeds"),
+        (args.start_epoch >= args.epochs, f"--start_epoch {args.start_epoch} is not below --epoch {args.epochs}"),
+        (args.opt_betas is not None and max(args.opt_betas) == 1, "--opt_betas are numbers below 1"),
+        (args.id is not None and len(args.seeds) * max(1, args.kfold) > 1, "--id names one run: leave out --seeds "
+                                                                           "and --kfold"),
+        (args.gpu is not None and args.device != "auto", "--gpu and --device exclude each other"),
+    ]
+    faults = [text for fault, text in wrong if fault]
+    if faults:
+        raise UserError("\n  ".join(faults))
+    for name, values in pairs.items():
+        setattr(args, name, None if values is None else (values[0], values[-1]))
+    args.model = PUBLISHED_PAIR.get(args.model, args.model)
+    args.tta = ["flips", "scales"] if args.tta == [] else sorted(set(args.tta or []))
+    if args.gpu is not None:
+        args.device = device_of(args.gpu)
+
+
+def device_of(gpu: str) -> str:
+    """The device of this process among the GPUs of ``--gpu``.
+
+    Raises:
+        UserError: they are no numbers, not there, or more or fewer than the processes.
+    """
+    numbers = [part.strip() for part in gpu.split(",") if part.strip()]
+    if not numbers or not all(part.isdigit() for part in numbers):
+        raise UserError(f"--gpu {gpu!r}: pass the numbers of GPUs, e.g. 0 or 0,1")
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu {gpu}: PyTorch sees no GPU here; leave --gpu out to run on what there is")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    if len(numbers) != processes:
+        raise UserError(f"--gpu {gpu} names {len(numbers)} and {processes} process{'es' * (processes > 1)} run: start "
+                        f"torchrun --nproc_per_node {len(numbers)} run.py with these options")
+    device = pick_device(f"cuda:{numbers[int(os.environ.get('LOCAL_RANK', distributed.rank()))]}")
+    torch.cuda.set_device(device)
+    return str(device)
+
+
+def read_data(args: argparse.Namespace) -> SegmentationManifest:
+    """Images and masks, every problem told before any work."""
+    whole = args.evaluate and args.all_as_test
+    manifest = read_segmentation(
+        args.csv_path, dataset=args.dataset, parent=args.parent_path, root_path=args.root_path,
+        val_fraction=0.0 if whole else args.val_fraction, seed=args.seed, strict_split=args.strict_split,
+        needed=() if whole else ("test",) if args.evaluate else ("train", "test"),
+        report_folder=args.output_dir if distributed.is_main() else None)
+    if whole:
+        manifest = dataclasses.replace(manifest.with_splits(["test"] * len(manifest)),
+                                       split_note="all images are test (--all_as_test)")
+    return manifest
+
+
+def train(args: argparse.Namespace, given: dict[str, Any], manifest: SegmentationManifest) -> int:
+    """Train and test, once or for every seed and fold."""
+    args.size = args.size or (SIZE, SIZE)
+    options = SegmentationOptions(**{field.name: getattr(args, field.name)
+                                     for field in dataclasses.fields(SegmentationOptions)})
+    settings = settings_of(args.seeds, args.kfold)
+    data = draw_data(manifest, settings, options)  # every fault of the data before the first weight is trained
+    built = [build_model(options, args.seeds[0])]
+    for train_images, _ in data:
+        build_schedules(options, cut_batches(train_images, built[0], options), cosine_by=options.cosine_by)
+    run = open_run_of(args, manifest, built[0].provenance)
+    results = distributed.on_main(run.read_results)
+    if results:
+        logger.info("this run is finished:")
+        report(run, results)
+        return 0
+    if not run.previous:  # a new run
+        distributed.on_main(lambda: require_decodable(manifest))
+    options = distributed.on_main(functools.partial(settle_precision, options, run, built[0], options.size))
+    distributed.on_main(lambda: run.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype}))
+
+    def run_one(directory: RunDirectory, setting: dict[str, Any]) -> dict[str, Any]:
+        train_images, val = data[settings.index(setting)]
+        splits = {"val": val, "test": manifest.split("test")}
+        model = built.pop() if built and setting["seed"] == args.seeds[0] else build_model(options, setting["seed"])
+        return train_and_test(directory, setting, model, train_images, splits, manifest, options, args)
+
+    if not settings[1:]:
+        results = run_one(run, settings[0])
+    else:
+        wanted = settings if args.resume_fold < 0 else [settings[args.resume_fold]]
+        outcomes = child_runs(run, wanted, run_one, overwrite=args.overwrite, together=True)
+        left = distributed.on_main(lambda: [setting for setting in settings if setting not in wanted and not
+                                            (run.child_path(setting) / RESULTS).exists()])
+        if left:
+            logger.info("fold %d is finished; the summary comes when %d more are", args.resume_fold, len(left))
+            return 0
+        if wanted != settings:
+            outcomes = child_runs(run, settings, run_one, together=True)
+        results = distributed.on_main(lambda: summarise(run.path, settings, outcomes))
+    distributed.on_main(lambda: run.write_results(results))
+    report(run, results)
+    return 0
+
+
+def open_run_of(args: argparse.Namespace, manifest: SegmentationManifest, provenance: Provenance) -> RunDirectory:
+    """``--save_name`` itself for a training; for a test a folder inside, named by what the test depends on."""
+    settings = {key: value for key, value in vars(args).items() if not args.evaluate or key in TEST_OPTIONS}
+    also = {} if args.evaluate else {"processes": distributed.world_size(), "batch_size": args.batch_size}
+    return distributed.on_main(lambda: open_evaluation_run(
+        TASK, settings, manifest, provenance, also={"evaluation_only": args.evaluate, **also},
+        left_out=NOT_IN_FINGERPRINT,
+        folder=lambda mark: args.output_dir / f"eval_{mark}" if args.evaluate else args.output_dir))
+
+
+def train_and_test(run: RunDirectory, setting: dict[str, Any], model: SegmentationModel,
+                   train_images: SegmentationManifest, splits: dict[str, SegmentationManifest],
+                   manifest: SegmentationManifest, options: SegmentationOptions, args: argparse.Namespace
+                   ) -> dict[str, Any]:
+    """One run; returns what results.json holds."""
+    with tracking(folder=run.path, run_id=args.id or run.fingerprint[:16], config=run.parts, run_name=args.log_name,
+                  wandb_project=args.wandb_project if args.wandb else None, notes=args.description,
+                  tags=args.tags or (), tensorboard=run.path / "log" if args.use_tensorboard else None) as track:
+        trained = train_once(run, model, setting["seed"], train_images, splits["val"], options, track)
+    segmenter = segmenter_of(trained.best, source=str(run.path / BEST))
+    results = score_splits(run, segmenter, splits, testing_of(args, segmenter), data_set=manifest.name,
+                           split_note=manifest.split_note)
+    if distributed.is_main():
+        monitor = options.monitor if len(splits["val"]) else None
+        plot_learning_curve(run.path / "plots" / "learning_curve.png", trained.history, monitor=monitor,
+                            best_epoch=trained.best["epoch"], metrics=("jaccard", "dice", "threshold_jaccard"))
+        results |= {"tune": options.tune, "setting": setting, "plan": dataclasses.asdict(trained.plan),
+                    "train_images": len(train_images), "trained_parameters": trained.parameters}
+    return results
+
+
+def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: SegmentationManifest) -> int:
+    """``--evaluate``: test a checkpoint."""
+    segmenter = read_segmenter(args)
+    run = open_run_of(args, manifest, segmenter.model.provenance)
+    results = distributed.on_main(run.read_results)
+    if not results:
+        distributed.on_main(lambda: run.write_arguments(given))
+        splits = {name: manifest.split(name) for name in ("val", "test")}
+        results = score_splits(run, segmenter, splits, testing_of(args, segmenter), data_set=manifest.name,
+                               split_note=manifest.split_note)
+        distributed.on_main(lambda: run.write_results(results))
+    report(run, results)
+    return 0
+
+
+def read_segmenter(args: argparse.Namespace) -> Segmenter:
+    """The checkpoint that was asked for, brought to ``--size``.
+
+    Raises:
+        UserError: there is none, or it is not what the options say of it.
+    """
+    path = args.checkpoint or args.output_dir / BEST
+    if not path.is_file() and args.checkpoint is None:
+        raise UserError(f"{path} does not exist: train first, or pass --checkpoint FILE")
+    segmenter = load_segmenter(path, input_size=args.size)
+    asked = {"model": args.model, "head": args.head, "recipe": args.recipe}
+    found = {"model": segmenter.name, "head": segmenter.model.recipe["head"], "recipe": segmenter.transform}
+    usual = {**{name: RECIPES[args.recipe][name] for name in ("model", "head")}, "recipe": "default"}
+    usual["model"] = PUBLISHED_PAIR.get(usual["model"], usual["model"])
+    for name, value in asked.items():
+        if value not in (usual[name], found[name]):
+            raise UserError(f"{path} was trained with --{name} {found[name]}; you asked for {value}: leave it out")
+    return segmenter
+
+
+def masking_of(args: argparse.Namespace, segmenter: Segmenter) -> Masking:
+    """How masks are made."""
+    config = segmenter.data_config
+    return Masking(transform=segmenter.transform, mean=tuple(config["mean"]), std=tuple(config["std"]),
+                   device=pick_device(args.device), batch_size=args.test_batch_size, num_workers=args.num_workers,
+                   amp_dtype=segmenter.amp_dtype if args.amp_dtype == "auto" else args.amp_dtype,
+                   flips="flips" in args.tta, scales=SCALES if "scales" in args.tta else (1.0,), window=args.window,
+                   overlap=args.overlap, largest=args.largest_component)
+
+
+def testing_of(args: argparse.Namespace, segmenter: Segmenter) -> Testing:
+    """How the chosen model is tested."""
+    return Testing(masking=masking_of(args, segmenter), overlays=args.save_results, resamples=args.resamples)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """``--predict``: masks and outlined pictures of new photographs."""
+    segmenter = read_segmenter(args)
+    manifest = read_images(args.predict, args.root_path)
+    folder = args.output_dir / f"predict_{args.predict.resolve().stem}"
+    own = [folder / name for name in ("predictions.csv", "masks", "overlays")]
+
+    def make_room() -> None:
+        files.refuse_outputs(own, [args.predict, *([args.checkpoint] if args.checkpoint else [])],
+                             overwrite=args.overwrite)
+        for path in own[1:]:
+            if path.exists():
+                shutil.rmtree(path)
+
+    distributed.on_main(make_room)
+    table = predict_photographs(folder, segmenter, manifest, masking_of(args, segmenter))
+    if table is not None:
+        logger.info("%d images, %d without a lesion: masks, outlined pictures and predictions.csv in %s", len(table),
+                    int((table["lesion_pixels"] == 0).sum()), folder)
+    return 0
+
+
+def report(run: RunDirectory, results: dict[str, Any]) -> None:
+    """Print the metrics and name the files."""
+    if not distributed.is_main():
+        return
+    if "summary" in results:
+        logger.info("%s", summary_lines(results, SHOWN))
+    for name, split in results.get("splits", {}).items():
+        if name != "val":
+            empty = f"; {split['empty_truth']} without a lesion, {split['empty_predicted']} predicted so"
+            logger.info("%s", metric_lines(split["metrics"], f"{results['data_set']}, {results['model']} with head "
+                                           f"{results['head']}: {split['n']} {name} images{empty}, "
+                                           f"{results['amp_dtype']}; 95 % intervals: {split['resampling']}"))
+    logger.info("results in %s (%s)", run.path, ", ".join(sorted(path.name for path in Path(run.path).iterdir()
+                                                                   if not path.name.startswith("."))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
