@@ -168,11 +168,10 @@ def device_of(gpu: str) -> str:
 def read_data(args: argparse.Namespace) -> SegmentationManifest:
     """Images and masks, every problem told before any work."""
     whole = args.evaluate and args.all_as_test
-    manifest = read_segmentation(
+    manifest = distributed.on_main(lambda: read_segmentation(  # decodes all masks: once, not in every process
         args.csv_path, dataset=args.dataset, parent=args.parent_path, root_path=args.root_path,
         val_fraction=0.0 if whole else args.val_fraction, seed=args.seed, strict_split=args.strict_split,
-        needed=() if whole else ("test",) if args.evaluate else ("train", "test"),
-        report_folder=args.output_dir if distributed.is_main() else None)
+        needed=() if whole else ("test",) if args.evaluate else ("train", "test"), report_folder=args.output_dir))
     if whole:
         manifest = dataclasses.replace(manifest.with_splits(["test"] * len(manifest)),
                                        split_note="all images are test (--all_as_test)")

@@ -52,21 +52,21 @@ def small_set(folder: Path, *, classes: int = 3, per_split: dict[str, int] | Non
 
 # -------------------------------------------------------------------------------------------- the README's commands
 
-README = (ROOT / "README.md").read_text()
+README, SEGMENTATION = ((ROOT / name).read_text() for name in ("README.md", "Segmentation.md"))
 BLOCKS = re.findall(r"```(?:bash|python|shell)\n(.*?)```", README, re.S)
 
 
-def block_with(text: str) -> str:
-    """The README's only code block that contains ``text``."""
-    found = [block for block in BLOCKS if text in block]
-    assert len(found) == 1, f"{len(found)} blocks of the README contain {text!r}"
+def block_with(text: str, page: str = README) -> str:
+    """The page's only code block that contains ``text``."""
+    found = [block for block in re.findall(r"```(?:bash|python|shell)\n(.*?)```", page, re.S) if text in block]
+    assert len(found) == 1, f"{len(found)} blocks contain {text!r}"
     return found[0]
 
 
-def words_of(command: str, substitutions: dict[str, str]) -> list[str]:
-    """The options of the README's only command with this beginning, some words replaced."""
-    lines = block_with(command).replace("\\\n", " ").splitlines()
+def words_of(command: str, substitutions: dict[str, str], page: str = README) -> list[str]:
+    """The options of the page's only command with this beginning, some words replaced."""
+    lines = block_with(command, page).replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith(command)]
     words = shlex.split(line.removeprefix(command.split(".py")[0] + ".py"))
-    assert set(substitutions) <= set(words), "the README's command has other words"
+    assert set(substitutions) <= set(words), f"the command has other words: {words}"
     return [substitutions.get(word, word) for word in words]
