@@ -24,8 +24,9 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "furnace":
         raise
-    sys.exit("error: this script needs the package furnace: type\n  pip install -r requirements.txt && pip install -e ."
-             "\nin the repository's root")
+    print("error: this script needs the package furnace: type\n  pip install -r requirements.txt && pip install -e ."
+          "\nin the repository's root", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 
@@ -45,7 +46,7 @@ from furnace.runtime import distributed, files
 from furnace.runtime.checkpoints import BEST
 from furnace.runtime.files import UserError
 from furnace.runtime.precision import pick_device
-from furnace.runtime.run_directory import RESULTS, RunDirectory, child_runs
+from furnace.runtime.run_directory import RunDirectory, child_runs
 from furnace.runtime.tracking import tracking
 from furnace.segmentation import (
     RECIPES,
@@ -211,7 +212,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], manifest: Segmentatio
         wanted = settings if args.resume_fold < 0 else [settings[args.resume_fold]]
         outcomes = child_runs(run, wanted, run_one, overwrite=args.overwrite, together=True)
         left = distributed.on_main(lambda: [setting for setting in settings if setting not in wanted and not
-                                            (run.child_path(setting) / RESULTS).exists()])
+                                            run.child_is_finished(setting)])
         if left:
             logger.info("fold %d is finished; the summary comes when %d more are", args.resume_fold, len(left))
             return 0
@@ -259,7 +260,9 @@ def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: S
     segmenter = read_segmenter(args)
     run = open_run_of(args, manifest, segmenter.model.provenance)
     results = distributed.on_main(run.read_results)
-    if not results:
+    if results:
+        logger.info("this run is finished:")
+    else:
         distributed.on_main(lambda: run.write_arguments(given))
         splits = {name: manifest.split(name) for name in ("val", "test")}
         results = score_splits(run, segmenter, splits, testing_of(args, segmenter), data_set=manifest.name,
@@ -308,12 +311,14 @@ def predict(args: argparse.Namespace) -> int:
     """``--predict``: masks and outlined pictures of new photographs."""
     segmenter = read_segmenter(args)
     manifest = read_images(args.predict, args.root_path)
-    folder = args.output_dir / f"predict_{args.predict.resolve().stem}"
+    source = args.predict.resolve()
+    folder = args.output_dir / f"predict_{source.name if source.is_dir() else source.stem}"
     own = [folder / name for name in ("predictions.csv", "masks", "overlays")]
 
     def make_room() -> None:
+        unfinished = not own[0].exists()  # predictions.csv comes last: masks without it are of a prediction cut off
         files.refuse_outputs(own, [args.predict, *([args.checkpoint] if args.checkpoint else [])],
-                             overwrite=args.overwrite)
+                             overwrite=args.overwrite or unfinished, option="--save_name")
         for path in own[1:]:
             if path.exists():
                 shutil.rmtree(path)

@@ -9,9 +9,8 @@ from torch import nn
 
 from furnace.data.datasets import refuse_broken
 from furnace.data.joint_transforms import IGNORED
-from furnace.data.masks import load_mask
 from furnace.data.segmentation import SegmentationManifest
-from furnace.data.segmentation_datasets import SegmentationBatch
+from furnace.data.segmentation_datasets import SegmentationBatch, read_mask
 from furnace.evaluation.features import NotFiniteError
 from furnace.evaluation.lesion_masks import Masking, lesion_masks
 from furnace.evaluation.segmentation_metrics import COUNTS, confusion_counts, overlap_means
@@ -73,7 +72,7 @@ def make_evaluate(manifest: SegmentationManifest, how: Masking) -> Callable[[nn.
     """
     def evaluate(model: nn.Module) -> dict[str, float]:
         try:
-            counts = [(index, [confusion_counts(mask, load_mask(manifest.mask_path_of(index)))[name]
+            counts = [(index, [confusion_counts(mask, read_mask(manifest, index))[name]
                                for name in COUNTS])
                       for index, mask in lesion_masks(model, manifest, how, description="val")]
         except NotFiniteError as error:

@@ -135,7 +135,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--save_name", type=clean_path, default=Path("output_dir/segmentation"), dest="output_dir",
+    group.add_argument("--save_name", "--output_dir", type=clean_path, default=Path("output_dir/segmentation"),
+                       dest="output_dir",
                        help="the run's folder; several seeds or folds have folders inside")
     add_checkpoint_options(group)
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases")

@@ -15,6 +15,7 @@ from furnace.data.images import load_rgb
 from furnace.data.manifest import Manifest
 from furnace.data.masks import load_mask
 from furnace.data.segmentation import SegmentationManifest
+from furnace.data.segmentation_datasets import read_mask
 from furnace.evaluation.lesion_masks import Masking, lesion_masks
 from furnace.evaluation.segmentation_metrics import score_segmentation, segmentation_row
 from furnace.evaluation.segmentation_sheets import PREDICTION, Case, outlined, worst_cases_sheet, worst_rows
@@ -86,7 +87,7 @@ def score_images(folder: Path, name: str, segmenter: Segmenter, manifest: Segmen
     names = output_names(manifest.filenames)
     rows = []
     for index, mask in lesion_masks(segmenter.model, manifest, how.masking, description=name):
-        truth = load_mask(manifest.mask_path_of(index))
+        truth = read_mask(manifest, index)
         rows.append((index, segmentation_row(manifest.filenames[index], mask, truth)))
         if name == "test":
             write_mask(folder / MASKS / f"{names[index]}_segmentation.png", mask)
@@ -100,7 +101,7 @@ def score_images(folder: Path, name: str, segmenter: Segmenter, manifest: Segmen
 def draw_worst(folder: Path, manifest: SegmentationManifest, table: pd.DataFrame) -> None:
     """The sheet of the test images with the lowest Dice, from the masks that were written."""
     names = output_names(manifest.filenames)
-    cases = [Case(manifest.path_of(i), Path(manifest.filenames[i]).name, load_mask(manifest.mask_path_of(i)),
+    cases = [Case(manifest.path_of(i), Path(manifest.filenames[i]).name, read_mask(manifest, i),
                   load_mask(folder / MASKS / f"{names[i]}_segmentation.png")) for i in worst_rows(table).index]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     worst_cases_sheet(folder / "plots" / WORST, cases, title=f"Lowest Dice of {len(table)} test images first")

@@ -6,12 +6,13 @@ In an evaluation the model sees images only, and its map is scored against the m
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from furnace.data.datasets import Batch, decode, loader_in_order, loader_of_draws
+from furnace.data.datasets import Batch, decode, loader_in_order, loader_of_draws, refuse_broken
 from furnace.data.images import load_rgb
 from furnace.data.joint_transforms import JointTransform
 from furnace.data.manifest import Manifest
@@ -65,6 +66,18 @@ class SegmentationDataset(Dataset):
             return *self.transform(image, mask), draw.index
         with seeded(self.seed, draw.epoch, draw.position):
             return *self.transform(image, mask), draw.index
+
+
+def read_mask(manifest: SegmentationManifest, index: int) -> np.ndarray:
+    """The mask of an image, (H, W) bool at its own size.
+
+    Raises:
+        ProcessError: it cannot be decoded (any longer), with its row.
+    """
+    mask, reason = decode(load_mask, manifest.mask_path_of(index))
+    if reason is not None:
+        refuse_broken(manifest, [(index, f"its mask {manifest.frame['mask'].iat[index]}: {reason}")])
+    return mask
 
 
 def collate_with_masks(items: list[Item]) -> SegmentationBatch:

@@ -91,13 +91,15 @@ def output_error(path: str | Path, error: OSError) -> OutputError:
 OUTPUT_SUFFIXES = (".csv", ".png", ".npz", ".safetensors")
 
 
-def refuse_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite: bool) -> None:
+def refuse_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite: bool,
+                   option: str = "--output") -> None:
     """No output may be an input, lie in an input folder, be of another kind, or (without ``overwrite``) be there.
 
     Args:
         outputs: files to write (by OUTPUT_SUFFIXES), and folders.
         inputs: files and folders that are read.
         overwrite: outputs that are there may be replaced.
+        option: that says where they go.
 
     Raises:
         OutputError: the first that is wrong.
@@ -106,14 +108,14 @@ def refuse_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite
     for path in outputs:
         for source in inputs:
             if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-                raise OutputError(f"{path} would be written into the input folder {source}: choose an --output "
+                raise OutputError(f"{path} would be written into the input folder {source}: choose {option} "
                                   "elsewhere")
             if path.exists() and source.exists() and path.samefile(source):
-                raise OutputError(f"{path} is the input; nothing was written: choose another --output")
+                raise OutputError(f"{path} is the input; nothing was written: choose another {option}")
         if path.exists() and path.is_dir() == (path.suffix.lower() in OUTPUT_SUFFIXES):
-            raise OutputError(f"{path} is a {'folder' if path.is_dir() else 'file'}: choose another --output")
+            raise OutputError(f"{path} is a {'folder' if path.is_dir() else 'file'}: choose another {option}")
         if path.exists() and not overwrite:
-            raise OutputError(f"{path} is there already: choose another --output, or add --overwrite")
+            raise OutputError(f"{path} is there already: choose another {option}, or add --overwrite")
 
 
 def folder_name(text: str) -> str:

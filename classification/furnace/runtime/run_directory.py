@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
 RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "summary.csv",
              "probe.safetensors", "probe.json", "plots", "masks", "overlays")
 ONCE = ("config", "overwrite", "no_auto_resume")  # said for one start of a run, not part of it
+PATIENCE = 8.0  # seconds; loader workers of a killed process hold its lock until they look for it, every 5 s
 PREVIOUS = "previous"  # where --overwrite moves the files of the run before
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "Pillow")
 
@@ -60,6 +62,15 @@ class RunDirectory:
         """The folder inside of the run of one seed, fold or fraction."""
         return self.path / "_".join(f"{key}_{value}" for key, value in setting.items())
 
+    def child_is_finished(self, setting: dict[str, Any]) -> bool:
+        """Whether that run has its results, and they are of this parent's options."""
+        path = self.child_path(setting) / RESULTS
+        return path.exists() and _read_json(path).get("fingerprint") == fingerprint(self.child_parts(setting))
+
+    def child_parts(self, setting: dict[str, Any]) -> dict[str, Any]:
+        """What decides the numbers of the run of one seed, fold or fraction."""
+        return {**self.parts, **setting, "parent": self.fingerprint}
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder; another process that wants it is refused.
@@ -68,12 +79,20 @@ class RunDirectory:
             UserError: another process holds it.
         """
         with open(self.path / ENV, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process is at work in {self.path}: wait for it, or stop it") from error
-            except OSError:
-                logger.warning("%s is on a file system without locks: see that no second process uses it", self.path)
+            end = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > end:
+                        raise UserError(f"another process is at work in {self.path}: wait for it, or "
+                                        "stop it") from error
+                    time.sleep(0.2)
+                except OSError:
+                    logger.warning("%s is on a file system without locks: see that no second process uses it",
+                                   self.path)
+                    break
             yield
 
     def write_arguments(self, arguments: dict[str, Any]) -> None:
@@ -193,7 +212,7 @@ def child_runs(parent: RunDirectory, settings: Sequence[dict[str, Any]],
     def open_children() -> list[RunDirectory]:
         return [open_run(parent.child_path(setting),
                          environment={"seed": setting.get("seed")}, overwrite=overwrite,
-                         parts={**parent.parts, **setting, "parent": parent.fingerprint}) for setting in settings]
+                         parts=parent.child_parts(setting)) for setting in settings]
 
     children = on_main(open_children)  # before the first is made: an interrupted overwrite must not leave some old ones
     outcomes = []
