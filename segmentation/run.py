@@ -12,7 +12,6 @@ Trains on train, chooses the epoch on val, tests once. The same command goes on 
 import argparse
 import dataclasses
 import functools
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,8 +26,6 @@ except ModuleNotFoundError as missing:
     print("error: this script needs the package furnace: type\n  pip install -r requirements.txt && pip install -e ."
           "\nin the repository's root", file=sys.stderr)
     sys.exit(2)
-
-import torch
 
 from furnace.command_line import entry_point, logger, parse
 from furnace.data.datasets import require_decodable
@@ -57,14 +54,16 @@ from furnace.segmentation import (
     draw_data,
     train_once,
 )
-from furnace.segmentation_arguments import SCRIPT, segmentation_parser
+from furnace.segmentation_arguments import (
+    PUBLISHED_PAIR,
+    own_option_names,
+    segmentation_parser,
+    settle_options,
+)
 from furnace.segmentation_results import SHOWN, Testing, predict_photographs, score_splits
 from furnace.training import build_schedules, settings_of, settle_precision
-from furnace.training_arguments import say_what_holds
 
 TASK = "segmentation"
-PUBLISHED_PAIR = {"cae_seg": "PanDerm_Large_LP"}  # with UPerNet
-PUBLISHED_ELSE = ("UNet", "vit_large")  # names of the published code that could not work there
 # options that cannot change the numbers, besides those of every evaluation
 NOT_IN_FINGERPRINT = {"dataset", "parent_path", "pretrained", "evaluate", "checkpoint", "predict", "resume_fold",
                       "resume", "grad_checkpointing", "pin_mem", "save_ckpt", "save_ckpt_freq", "save_every_steps",
@@ -79,6 +78,12 @@ TEST_OPTIONS = {"amp_dtype", "tta", "largest_component", "window", "overlap", "s
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test or predict; returns the exit code."""
+    with own_option_names():
+        return run(argv)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """``main``, whose messages may name options as other scripts call them."""
     args = parse(segmentation_parser(), argv)
     if args.recipe != "default":
         args = parse(segmentation_parser(args.recipe), argv)  # its numbers are defaults: the command line wins
@@ -88,82 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return predict(args)
     manifest = read_data(args)
     return test_checkpoint(args, given, manifest) if args.evaluate else train(args, given, manifest)
-
-
-def settle_options(args: argparse.Namespace) -> None:
-    """Say what holds instead of flags without effect; fill in what depends on others; refuse contradictions."""
-    say_what_holds(args, SCRIPT)
-    default = segmentation_parser(args.recipe).get_default
-    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
-    args.resume = None
-    ready = args.evaluate or args.predict
-    pairs = {name: getattr(args, name) for name in ("size", "window")}
-    wrong = [
-        *((values is not None and len(values) > 2, f"--{name} takes one number, or height and width")
-          for name, values in pairs.items()),
-        (args.evaluate and args.predict is not None, "--evaluate and --predict exclude each other"),
-        (not ready and args.checkpoint is not None,
-         "--checkpoint is of --evaluate and --predict; weights to train from are --pretrained"),
-        (not args.evaluate and args.all_as_test, "--all_as_test is of --evaluate"),
-        (not args.predict and (args.dataset is None) == (args.csv_path is None),
-         "pass either --dataset NAME with --parent_path FOLDER, or --csv_path FILE with image, mask, split"),
-        (not ready and not args.model, "--model is missing: cae_seg, a backbone's name, or demo"),
-        (args.model in PUBLISHED_ELSE, f"--model {args.model} could not run in the published code, either: pass "
-                                       "cae_seg, or a backbone's name with --head"),
-        (args.model in PUBLISHED_PAIR and args.head != "upernet",
-         "--model cae_seg is PanDerm_Large_LP with UPerNet: for a linear head pass --model PanDerm_Large_LP"),
-        (args.head == "linear" and (args.channels != default("channels") or
-                                    args.pool_scales != default("pool_scales")),
-         "--channels and --pool_scales are of --head upernet"),
-        (args.tune != "lora" and any(getattr(args, name) != default(name) for name in ("lora_rank", "lora_alpha")),
-         "--lora_rank and --lora_alpha are of --tune lora: add it"),
-        (args.cosine_by == "epoch" and (args.warmup_epochs > 0 or args.warmup_steps > 0),
-         "--cosine_by epoch has no warm-up: add --warmup_epochs 0"),
-        (args.percent > 100, f"--percent {args.percent:g} is above 100"),
-        (args.val_fraction == 1, "--val_fraction 1 leaves no train image"),
-        (args.overlap == 1, "--overlap 1 would need endless windows: take less, e.g. 0.5"),
-        (args.overlap != default("overlap") and args.window is None, "--overlap is of --window: add it"),
-        (args.kfold == 1, "--kfold 1 is no cross-validation: take 2 or more"),
-        (args.kfold and ready, "--kfold is of a training: test or use one fold's --checkpoint"),
-        (args.resume_fold < -1 or args.resume_fold >= max(1, args.kfold),
-         f"--resume {args.resume_fold} is no fold: with --kfold {args.kfold or 5} they are 0 to "
-         f"{(args.kfold or 5) - 1}, and -1 is all" + ("" if args.kfold else "; add --kfold")),
-        (args.resume_fold >= 0 and len(args.seeds) > 1, "--resume FOLD goes with one seed: leave out --seeds"),
-        (args.start_epoch >= args.epochs, f"--start_epoch {args.start_epoch} is not below --epoch {args.epochs}"),
-        (args.opt_betas is not None and max(args.opt_betas) == 1, "--opt_betas are numbers below 1"),
-        (args.id is not None and len(args.seeds) * max(1, args.kfold) > 1, "--id names one run: leave out --seeds "
-                                                                           "and --kfold"),
-        (args.gpu is not None and args.device != "auto", "--gpu and --device exclude each other"),
-    ]
-    faults = [text for fault, text in wrong if fault]
-    if faults:
-        raise UserError("\n  ".join(faults))
-    for name, values in pairs.items():
-        setattr(args, name, None if values is None else (values[0], values[-1]))
-    args.model = PUBLISHED_PAIR.get(args.model, args.model)
-    args.tta = ["flips", "scales"] if args.tta == [] else sorted(set(args.tta or []))
-    if args.gpu is not None:
-        args.device = device_of(args.gpu)
-
-
-def device_of(gpu: str) -> str:
-    """The device of this process among the GPUs of ``--gpu``.
-
-    Raises:
-        UserError: they are no numbers, not there, or more or fewer than the processes.
-    """
-    numbers = [part.strip() for part in gpu.split(",") if part.strip()]
-    if not numbers or not all(part.isdigit() for part in numbers):
-        raise UserError(f"--gpu {gpu!r}: pass the numbers of GPUs, e.g. 0 or 0,1")
-    if not torch.cuda.is_available():
-        raise UserError(f"--gpu {gpu}: PyTorch sees no GPU here; leave --gpu out to run on what there is")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
-    if len(numbers) != processes:
-        raise UserError(f"--gpu {gpu} names {len(numbers)} and {processes} process{'es' * (processes > 1)} run: start "
-                        f"torchrun --nproc_per_node {len(numbers)} run.py with these options")
-    device = pick_device(f"cuda:{numbers[int(os.environ.get('LOCAL_RANK', distributed.rank()))]}")
-    torch.cuda.set_device(device)
-    return str(device)
 
 
 def read_data(args: argparse.Namespace) -> SegmentationManifest:

@@ -12,12 +12,14 @@ from furnace.arguments import (
 )
 from furnace.command_line import entry_point, parse
 from furnace.finetuning_arguments import finetuning_parser
-from furnace.published import PUBLISHED
+from furnace.published import FINETUNING, LINEAR, PUBLISHED, SEGMENTATION, TAKES_VALUE, accepted_only, refused
 from furnace.runtime.files import ProcessError, UserError
+from furnace.segmentation import RECIPES
+from furnace.segmentation_arguments import segmentation_parser
 
 PARSERS = {"linear_eval.py": linear_eval_parser, "predict.py": predict_parser, "knn_eval.py": knn_eval_parser,
            "extract_features.py": extract_features_parser, "evaluate_predictions.py": evaluate_predictions_parser,
-           "run_class_finetuning.py": finetuning_parser}
+           "run_class_finetuning.py": finetuning_parser, "segmentation/run.py": segmentation_parser}
 NEEDED = ["--model", "demo", "--csv_path", "a.csv"]
 
 
@@ -26,6 +28,63 @@ def test_every_published_flag_is_accepted(script: str) -> None:
     """And nothing stands in the table that the parser lacks."""
     flags = {flag for action in PARSERS[script]()._actions for flag in action.option_strings}
     assert set(PUBLISHED[script]) <= flags
+
+
+def test_published_segmentation_flags() -> None:
+    """The table is of the published run.py's flags, no more and no less."""
+    words = """cfg workers gpu batch_size test_batch_size epoch resume lr weight_decay pretrained size kfold model
+        patch_size window_size embed_dim depths num_heads save_name dataset dataset_path parent_path split smoke_test
+        seed percent save_results log_name description tags id resume_wandb update_config use_tensorboard evaluate"""
+    assert set(SEGMENTATION) == {f"--{word}" for word in words.split()}
+
+
+def test_published_segmentation_command() -> None:
+    """run.sh as published, its abbreviations and -b included."""
+    words = """--worker 8 --gpu 0,1 -b 1 --test_batch_size 1 --epoch 100 --lr 1e-4 --weight_decay 0.05
+        --log_name cae_seg_lr_1e-4_decay_0.05_full --model cae_seg --size 224 --dataset ISIC2018 --parent_path data/
+        --save_name out --seed 0 --smoke"""
+    args = parse(segmentation_parser(), words.split())
+    assert (args.num_workers, args.gpu, args.batch_size, args.test_batch_size, args.epochs, args.lr, args.weight_decay,
+            args.model, args.size, args.dataset, str(args.parent_path), str(args.output_dir), args.smoke_test) == (
+                8, "0,1", 1, 1, 100, 1e-4, 0.05, "cae_seg", [224], "ISIC2018", "data", "out", True)
+
+
+@pytest.mark.parametrize("script", PUBLISHED)
+def test_the_table_says_what_becomes_of_a_flag(script: str) -> None:
+    """Notices and refusals are the options of the parser's own group, with that text; all others work."""
+    parser, table = PARSERS[script](), PUBLISHED[script]
+    without = {**accepted_only(script), **refused(script)}
+    found = {action.option_strings[0]: action for group in parser._action_groups
+             if group.title == "accepted, without effect" for action in group._group_actions}
+    assert {flag: action.help for flag, action in found.items()} == without
+    assert all((action.nargs == 0) == (flag not in TAKES_VALUE) for flag, action in found.items())
+    assert all(text.startswith("works as ") for flag, text in table.items() if flag not in without)
+
+
+def test_values_of_a_notice_are_of_a_flag() -> None:
+    """The list of the flags that take one has no strangers."""
+    assert set(TAKES_VALUE) <= set(LINEAR) | set(FINETUNING) | set(SEGMENTATION)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_the_parsers_defaults(recipe: str) -> None:
+    """Every number of a recipe is an option's, and none is left at the option's own default."""
+    args = vars(parse(segmentation_parser(recipe), []))
+    assert {name: args[name] for name in RECIPES[recipe]} == RECIPES[recipe] and args["recipe"] == recipe
+    assert RECIPES[recipe].keys() == RECIPES["default"].keys()
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_defaults_are_of_their_options_type(script: str) -> None:
+    """A default written to args.yaml and read from there must give the same fingerprint: 16 is not 16.0."""
+    parsers = [segmentation_parser(recipe) for recipe in RECIPES] if script == "segmentation/run.py" \
+        else [PARSERS[script]()]
+    for action in (action for parser in parsers for action in parser._actions):
+        values = action.default if isinstance(action.default, list) else [action.default]
+        for value in values if action.type is not None else []:
+            if value is not None:
+                again = action.type(str(value))
+                assert (again, type(again)) == (value, type(value)), action.option_strings
 
 
 @pytest.mark.parametrize("script", PARSERS)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from helpers import ROOT, write_csv
 
-MODEL = "timm:test_vit"  # 4 blocks, width 64, patches of 16
+MODEL = "timm:test_vit"  # 6 blocks, width 64, patches of 16
 OPTIONS = {"model": MODEL, "pretrained": "random", "size": "32", "batch_size": "4", "epoch": "2", "warmup_epochs": "0",
            "channels": "8", "workers": "0", "device": "cpu", "amp_dtype": "fp32", "resamples": "100"}
 

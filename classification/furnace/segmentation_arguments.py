@@ -1,13 +1,22 @@
 """Command-line options of segmentation/run.py: every published flag, and ours; the recipes are their defaults."""
 
 import argparse
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from furnace.command_line import at_least, clean_path, new_parser, not_negative, optional_path, share
 from furnace.data.segmentation import VAL_FRACTION
 from furnace.data.segmentation_folders import LAYOUTS
 from furnace.engine_for_segmentation import MONITORS
 from furnace.models.segmenter import HEADS
+from furnace.runtime import distributed
+from furnace.runtime.files import UserError
+from furnace.runtime.precision import pick_device
 from furnace.segmentation import RECIPES
 from furnace.training_arguments import (
     add_accepted_options,
@@ -16,10 +25,16 @@ from furnace.training_arguments import (
     add_optimiser_options,
     add_training_machine_options,
     add_tuning_options,
+    say_what_holds,
 )
 
 SCRIPT = "segmentation/run.py"
 FOLDS = 5  # of --kfold without a number, as published
+PUBLISHED_PAIR = {"cae_seg": "PanDerm_Large_LP"}  # with UPerNet
+PUBLISHED_ELSE = ("UNet", "vit_large")  # names of the published code that could not work there
+# what the parts that other scripts share call this script's options
+HERE = {"--pretrained_checkpoint": "--pretrained", "--epochs": "--epoch", "--input_size": "--size",
+        "--num_workers": "--workers", "--log_dir": "--use_tensorboard"}
 
 
 def segmentation_parser(recipe: str = "default") -> argparse.ArgumentParser:
@@ -146,3 +161,93 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tags", nargs="+", default=None, help="its tags")
     group.add_argument("--id", default=None, help="its id; left out, the run's fingerprint")
     group.add_argument("--use_tensorboard", action="store_true", help="TensorBoard event files in --save_name/log")
+
+
+@contextlib.contextmanager
+def own_option_names() -> Iterator[None]:
+    """Messages of the parts that other scripts share name the options of this one."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"--\w+", lambda flag: HERE.get(flag[0], flag[0]), str(error)),)
+        raise
+
+
+def settle_options(args: argparse.Namespace) -> None:
+    """Say what holds instead of flags without effect; fill in what depends on others; refuse contradictions."""
+    say_what_holds(args, SCRIPT)
+    default = segmentation_parser(args.recipe).get_default
+    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
+    args.resume = None
+    ready = args.evaluate or args.predict
+    pairs = {name: getattr(args, name) for name in ("size", "window")}
+    wrong = [
+        *((values is not None and len(values) > 2, f"--{name} takes one number, or height and width")
+          for name, values in pairs.items()),
+        (args.evaluate and args.predict is not None, "--evaluate and --predict exclude each other"),
+        (not ready and args.checkpoint is not None,
+         "--checkpoint is of --evaluate and --predict; weights to train from are --pretrained"),
+        (not args.evaluate and args.all_as_test, "--all_as_test is of --evaluate"),
+        (not args.predict and (args.dataset is None) == (args.csv_path is None),
+         "pass either --dataset NAME with --parent_path FOLDER, or --csv_path FILE with image, mask, split"),
+        (not ready and not args.model, "--model is missing: cae_seg, a backbone's name, or demo"),
+        (args.model in PUBLISHED_ELSE, f"--model {args.model} could not run in the published code, either: pass "
+                                       "cae_seg, or a backbone's name with --head"),
+        (args.model in PUBLISHED_PAIR and args.head != "upernet",
+         "--model cae_seg is PanDerm_Large_LP with UPerNet: for a linear head pass --model PanDerm_Large_LP"),
+        (args.head == "linear" and any(getattr(args, name) != default(name)
+                                       for name in ("channels", "pool_scales", "pyramid")),
+         "--channels, --pool_scales and --pyramid are of --head upernet"),
+        (args.root_path is not None and args.dataset is not None, "--root_path is of --csv_path; a public set lies in "
+                                                                  "--parent_path"),
+        (args.parent_path != default("parent_path") and args.csv_path is not None,
+         "--parent_path is of --dataset; the files of a CSV lie in --root_path"),
+        (args.tune != "lora" and any(getattr(args, name) != default(name) for name in ("lora_rank", "lora_alpha")),
+         "--lora_rank and --lora_alpha are of --tune lora: add it"),
+        (args.cosine_by == "epoch" and (args.warmup_epochs > 0 or args.warmup_steps > 0),
+         "--cosine_by epoch has no warm-up: add --warmup_epochs 0"),
+        (args.percent > 100, f"--percent {args.percent:g} is above 100"),
+        (args.val_fraction == 1, "--val_fraction 1 leaves no train image"),
+        (args.overlap == 1, "--overlap 1 would need endless windows: take less, e.g. 0.5"),
+        (args.overlap != default("overlap") and args.window is None, "--overlap is of --window: add it"),
+        (args.kfold == 1, "--kfold 1 is no cross-validation: take 2 or more"),
+        (args.kfold and ready, "--kfold is of a training: test or use one fold's --checkpoint"),
+        (args.resume_fold < -1 or args.resume_fold >= max(1, args.kfold),
+         f"--resume {args.resume_fold} is no fold: with --kfold {args.kfold or 5} they are 0 to "
+         f"{(args.kfold or 5) - 1}, and -1 is all" + ("" if args.kfold else "; add --kfold")),
+        (args.resume_fold >= 0 and len(args.seeds) > 1, "--resume FOLD goes with one seed: leave out --seeds"),
+        (args.start_epoch >= args.epochs, f"--start_epoch {args.start_epoch} is not below --epoch {args.epochs}"),
+        (args.opt_betas is not None and max(args.opt_betas) == 1, "--opt_betas are numbers below 1"),
+        (args.id is not None and len(args.seeds) * max(1, args.kfold) > 1, "--id names one run: leave out --seeds "
+                                                                           "and --kfold"),
+        (args.gpu is not None and args.device != "auto", "--gpu and --device exclude each other"),
+    ]
+    faults = [text for fault, text in wrong if fault]
+    if faults:
+        raise UserError("\n  ".join(faults))
+    for name, values in pairs.items():
+        setattr(args, name, None if values is None else (values[0], values[-1]))
+    args.model = PUBLISHED_PAIR.get(args.model, args.model)
+    args.tta = ["flips", "scales"] if args.tta == [] else sorted(set(args.tta or []))
+    if args.gpu is not None:
+        args.device = device_of(args.gpu)
+
+
+def device_of(gpu: str) -> str:
+    """The device of this process among the GPUs of ``--gpu``.
+
+    Raises:
+        UserError: they are no numbers, not there, or more or fewer than the processes.
+    """
+    numbers = [part.strip() for part in gpu.split(",") if part.strip()]
+    if not numbers or not all(part.isdigit() for part in numbers):
+        raise UserError(f"--gpu {gpu!r}: pass the numbers of GPUs, e.g. 0 or 0,1")
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu {gpu}: PyTorch sees no GPU here; leave --gpu out to run on what there is")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    if len(numbers) != processes:
+        raise UserError(f"--gpu {gpu} names {len(numbers)} and {processes} process{'es' * (processes > 1)} run: start "
+                        f"torchrun --nproc_per_node {len(numbers)} run.py with these options")
+    device = pick_device(f"cuda:{numbers[int(os.environ.get('LOCAL_RANK', distributed.rank()))]}")
+    torch.cuda.set_device(device)
+    return str(device)

@@ -39,7 +39,7 @@ def add_tuning_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tune", choices=["full", "lora", "head"], default="full",
                        help="what is trained: every weight, low-rank additions and the head, or the head alone")
     group.add_argument("--lora_rank", type=at_least(1), default=8, help="rank of --tune lora")
-    group.add_argument("--lora_alpha", type=positive, default=16, help="the additions are scaled by alpha / rank")
+    group.add_argument("--lora_alpha", type=positive, default=16.0, help="the additions are scaled by alpha / rank")
 
 
 def add_course_options(group: argparse._ArgumentGroup) -> None:
@@ -72,7 +72,7 @@ def add_optimiser_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--layer_decay", type=positive, default=0.9, help="factor of the rate from each layer down")
     group.add_argument("--warmup_lr", type=not_negative, default=0.0, help="rate at the start of the warm-up")
     group.add_argument("--min_lr", type=not_negative, default=1e-6, help="rate at the end of the cosine")
-    group.add_argument("--warmup_epochs", type=not_negative, default=5, help="length of the warm-up")
+    group.add_argument("--warmup_epochs", type=not_negative, default=5.0, help="length of the warm-up")
     group.add_argument("--warmup_steps", type=int, default=-1, help="the same in updates; from 1 on it counts")
 
 

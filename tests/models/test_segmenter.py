@@ -296,3 +296,13 @@ def test_architecture_without_maps_is_refused() -> None:
     without.recipe = {"architecture": "some_net"}
     with pytest.raises(UserError, match="some_net gives no feature maps"):
         feature_levels(without, (64, 64))
+
+
+def test_grids_of_one_number_of_places() -> None:
+    """4 x 4 and 2 x 8 patches have tables of one shape, and are not the same places."""
+    square = create_segmenter("timm:test_vit", "random", input_size=64, channels=8)
+    table = square.backbone.pos_embed[:, 1:].detach()
+    wide = resize_segmenter(square, (32, 128)).backbone.pos_embed[:, 1:].detach()
+    places = table.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(places, size=(2, 8), mode="bicubic").flatten(2).transpose(1, 2)
+    assert wide.shape == table.shape and torch.equal(wide, wanted) and not torch.equal(wide, table)

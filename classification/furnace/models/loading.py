@@ -255,21 +255,25 @@ def translate(state: State, target: State) -> State:
 
 # --------------------------------------------------------------------------------------------------------- positions
 
-def resample_positions(state: State, model: nn.Module, target: State) -> tuple[State, list[str]]:
+def resample_positions(state: State, model: nn.Module, target: State, *, grid: tuple[int, int] | None = None
+                       ) -> tuple[State, list[str]]:
     """Bring position tables of another image size to the model's grid.
 
     Absolute tables are resized bicubically without antialiasing (as DINOv2 does), relative ones geometrically (timm).
+    ``grid`` is the (rows, columns) of the absolute table; without it the table is of a square.
 
     Returns:
         The state and the keys that were resized. A table that is no square grid is left for the shape check.
     """
     state, resampled = dict(state), []
     key = "pos_embed"
-    if key in state and key in target and state[key].shape != target[key].shape and state[key].ndim == 3:
+    if key in state and key in target and state[key].ndim == 3 and hasattr(model, "patch_embed"):
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
-        side = math.isqrt(max(state[key].shape[1] - prefix, 0))
-        if side * side + prefix == state[key].shape[1] and state[key].shape[2] == target[key].shape[2]:
-            state[key] = resample_abs_positions(state[key], tuple(model.patch_embed.grid_size), prefix)
+        side, new = math.isqrt(max(state[key].shape[1] - prefix, 0)), tuple(model.patch_embed.grid_size)
+        old = (side, side) if grid is None else tuple(grid)
+        fits = math.prod(old) + prefix == state[key].shape[1] and state[key].shape[2] == target[key].shape[2]
+        if fits and (old != new or state[key].shape != target[key].shape):  # 14 x 14 and 7 x 28 have the same shape
+            state[key] = resample_abs_positions(state[key], new, prefix, old)
             resampled.append(key)
     for key in [k for k in state if k.endswith("relative_position_bias_table") and k in target]:
         old, new = state[key], target[key]
@@ -281,21 +285,23 @@ def resample_positions(state: State, model: nn.Module, target: State) -> tuple[S
     return state, resampled
 
 
-def resample_abs_positions(table: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.Tensor:
+def resample_abs_positions(table: torch.Tensor, grid: tuple[int, int], prefix: int,
+                           old: tuple[int, int] | None = None) -> torch.Tensor:
     """Resize a table of absolute positions.
 
     Args:
-        table: (1, prefix + side * side, D).
+        table: (1, prefix + rows * columns, D).
         grid: rows and columns wanted.
         prefix: leading tokens without a place in the grid, kept as they are.
+        old: rows and columns of the table; None: it is of a square.
 
     Returns:
         (1, prefix + grid[0] * grid[1], D) in the table's dtype.
     """
     first, patches = table[:, :prefix], table[:, prefix:]
     side, dim = math.isqrt(patches.shape[1]), patches.shape[2]
-    square = patches.float().reshape(1, side, side, dim).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, side, side)
-    resized = F.interpolate(square, size=grid, mode="bicubic", antialias=False, align_corners=False)
+    places = patches.float().reshape(1, *(old or (side, side)), dim).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, h, w)
+    resized = F.interpolate(places, size=grid, mode="bicubic", antialias=False, align_corners=False)
     return torch.cat([first, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # -> (1, prefix + N', D)
 
 

@@ -274,7 +274,8 @@ def resize_segmenter(model: SegmentationModel, input_size: int | Sequence[int]) 
     other = build_segmenter(recipe)
     bare = {key.removeprefix("backbone."): value for key, value in model.state_dict().items()
             if key.startswith("backbone.")}
-    bare, _ = resample_positions(bare, other.backbone, other.backbone.state_dict())
+    bare, _ = resample_positions(bare, other.backbone, other.backbone.state_dict(),
+                                 grid=getattr(getattr(model.backbone, "patch_embed", None), "grid_size", None))
     unfit = [key for key, value in other.backbone.state_dict().items() if bare[key].shape != value.shape]
     if unfit:
         raise UserError(f"a segmenter of {model.input_size[0]} x {model.input_size[1]} pixels cannot be brought to "
