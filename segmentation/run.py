@@ -31,7 +31,7 @@ from furnace.command_line import entry_point, logger, parse
 from furnace.data.datasets import require_decodable
 from furnace.data.segmentation import SegmentationManifest, read_segmentation
 from furnace.data.unlabelled import read_images
-from furnace.evaluation.lesion_masks import SCALES, Masking
+from furnace.evaluation.lesion_masks import SCALES, Masking, check_scales
 from furnace.evaluation.report import metric_lines
 from furnace.evaluation.run import open_evaluation_run
 from furnace.evaluation.summary import summarise, summary_lines
@@ -60,7 +60,7 @@ from furnace.segmentation_arguments import (
     segmentation_parser,
     settle_options,
 )
-from furnace.segmentation_results import SHOWN, Testing, predict_photographs, score_splits
+from furnace.segmentation_results import SHOWN, Testing, predict_photographs, score_splits, unseen
 from furnace.training import build_schedules, settings_of, settle_precision
 
 TASK = "segmentation"
@@ -118,11 +118,13 @@ def train(args: argparse.Namespace, given: dict[str, Any], manifest: Segmentatio
     built = [build_model(options, args.seeds[0])]
     for train_images, _ in data:
         build_schedules(options, cut_batches(train_images, built[0], options), cosine_by=options.cosine_by)
+    if "scales" in args.tta:
+        check_scales(built[0], SCALES)
     run = open_run_of(args, manifest, built[0].provenance)
     results = distributed.on_main(run.read_results)
     if results:
         logger.info("this run is finished:")
-        report(run, results)
+        report(run, results, args)
         return 0
     if not run.previous:  # a new run
         distributed.on_main(lambda: require_decodable(manifest))
@@ -149,7 +151,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], manifest: Segmentatio
             outcomes = child_runs(run, settings, run_one, together=True)
         results = distributed.on_main(lambda: summarise(run.path, settings, outcomes))
     distributed.on_main(lambda: run.write_results(results))
-    report(run, results)
+    report(run, results, args)
     return 0
 
 
@@ -187,17 +189,18 @@ def train_and_test(run: RunDirectory, setting: dict[str, Any], model: Segmentati
 def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: SegmentationManifest) -> int:
     """``--evaluate``: test a checkpoint."""
     segmenter = read_segmenter(args)
+    splits = unseen(segmenter, {name: manifest.split(name) for name in ("val", "test")},
+                    drawn=bool(manifest.split_note and not args.all_as_test))
     run = open_run_of(args, manifest, segmenter.model.provenance)
     results = distributed.on_main(run.read_results)
     if results:
         logger.info("this run is finished:")
     else:
         distributed.on_main(lambda: run.write_arguments(given))
-        splits = {name: manifest.split(name) for name in ("val", "test")}
         results = score_splits(run, segmenter, splits, testing_of(args, segmenter), data_set=manifest.name,
                                split_note=manifest.split_note)
         distributed.on_main(lambda: run.write_results(results))
-    report(run, results)
+    report(run, results, args)
     return 0
 
 
@@ -209,7 +212,9 @@ def read_segmenter(args: argparse.Namespace) -> Segmenter:
     """
     path = args.checkpoint or args.output_dir / BEST
     if not path.is_file() and args.checkpoint is None:
-        raise UserError(f"{path} does not exist: train first, or pass --checkpoint FILE")
+        folds = sorted(path.parent.glob(f"seed_*/{BEST}"))
+        raise UserError(f"{path} does not exist: " + (f"pass one of this run's models, e.g. --checkpoint {folds[0]}"
+                                                      if folds else "train first, or pass --checkpoint FILE"))
     segmenter = load_segmenter(path, input_size=args.size)
     asked = {"model": args.model, "head": args.head, "recipe": args.recipe}
     found = {"model": segmenter.name, "head": segmenter.model.recipe["head"], "recipe": segmenter.transform}
@@ -246,8 +251,13 @@ def predict(args: argparse.Namespace) -> int:
 
     def make_room() -> None:
         unfinished = not own[0].exists()  # predictions.csv comes last: masks without it are of a prediction cut off
-        files.refuse_outputs(own, [args.predict, *([args.checkpoint] if args.checkpoint else [])],
-                             overwrite=args.overwrite or unfinished, option="--save_name")
+        again = args.overwrite or unfinished
+        files.refuse_outputs(own, [args.predict, *([args.checkpoint] if args.checkpoint else [])], overwrite=True,
+                             option="--save_name with --checkpoint")
+        if not again:
+            raise UserError(f"{folder} holds an earlier prediction: add --overwrite to replace it, or pass another "
+                            f"--save_name with --checkpoint {args.checkpoint or args.output_dir / BEST}")
+        own[0].unlink(missing_ok=True)  # first: a table never stands beside masks of another prediction
         for path in own[1:]:
             if path.exists():
                 shutil.rmtree(path)
@@ -260,10 +270,12 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(run: RunDirectory, results: dict[str, Any]) -> None:
+def report(run: RunDirectory, results: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the metrics and name the files."""
     if not distributed.is_main():
         return
+    if args.save_results and not any(run.path.rglob("overlays")):
+        logger.info("--save_results came too late: add --overwrite to have the test images outlined")
     if "summary" in results:
         logger.info("%s", summary_lines(results, SHOWN))
     for name, split in results.get("splits", {}).items():

@@ -720,7 +720,7 @@ def check_overwrite(world: World) -> None:
     photographs = ["--predict", world.csv.parent / "images", "--checkpoint", world.trained / BEST, *there]
     usual = {"model": None, "csv_path": None}
     world.ran(*photographs, **usual)
-    assert "is there already" in world.refused(*photographs, **usual)
+    assert "holds an earlier prediction" in world.refused(*photographs, **usual)
     world.ran(*photographs, "--overwrite", **usual)
 
 
@@ -970,7 +970,7 @@ def test_another_size_of_a_model_that_is_not_square(world: World, size: tuple[in
     (["--save_name", "{trained}"], {}, "holds another run"),
     ([], {"epoch": "1", "warmup_epochs": None}, "more --epoch"),
     (["--predict", "{images}", "--checkpoint", "{trained}/checkpoint-best.pth", "--save_name", "{folder}"], {},
-     "is there already"),
+     "holds an earlier prediction"),
     (["--use_tensorboard"], {}, "--use_tensorboard needs TensorBoard"),
 ], ids=["weights", "folder", "warm-up", "masks", "tensorboard"])
 def test_messages_name_options_of_this_script(world: World, words: list[str], options: dict, text: str) -> None:

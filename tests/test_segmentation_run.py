@@ -326,7 +326,7 @@ def test_predict(trained, tmp_path, no_plots, capsys, kind: str) -> None:
     (folder / "masks" / "stale.png").touch()
     before = (folder / "predictions.csv").stat().st_mtime_ns
     assert segment(tmp_path / "out", *words, **bare) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "holds an earlier prediction" in capsys.readouterr().err
     assert (folder / "predictions.csv").stat().st_mtime_ns == before and (folder / "masks" / "stale.png").exists()
     assert segment(tmp_path / "out", *words, "--overwrite", "--largest_component", **bare) == 0
     assert not (folder / "masks" / "stale.png").exists() and len(masks_of(folder)) == len(chosen)

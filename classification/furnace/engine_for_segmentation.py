@@ -76,7 +76,7 @@ def make_evaluate(manifest: SegmentationManifest, how: Masking) -> Callable[[nn.
                                for name in COUNTS])
                       for index, mask in lesion_masks(model, manifest, how, description="val")]
         except NotFiniteError as error:
-            raise UserError(f"the training has diverged: {str(error).split('(')[0].strip()}. Take a lower --lr, "
+            raise UserError(f"the training has diverged: {str(error).rpartition(' (')[0]}. Take a lower --lr, "
                             "--clip_grad 1.0, a longer warm-up, or --amp_dtype fp32, with --overwrite") from error
         return overlap_means(np.array([row for _, row in sorted(distributed.gather_lists(counts))]))
 

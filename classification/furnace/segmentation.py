@@ -114,10 +114,11 @@ def draw_data(manifest: SegmentationManifest, settings: list[dict[str, Any]], op
             whole = folds[seed][setting["fold"]]
         train_images = whole.split("train")
         if options.percent < 100:
-            if int(len(train_images) * options.percent / 100) < 1:
+            number = int(options.percent * len(train_images) / 100)  # as published; n * 0.29 is below 29 of 100
+            if number < 1:
                 raise UserError(f"--percent {options.percent:g} of {len(train_images)} train images is no image: take "
                                 "more (it counts in hundredths: 10 is a tenth)")
-            train_images = take_percent(train_images, options.percent / 100, seed=seed)
+            train_images = take_percent(train_images, 1.0, seed=seed).take(range(number))
         drawn.append((train_images, whole.split("val")))
     if not all(len(val) for _, val in drawn):
         logger.warning("there are no val images: the last epoch's model is taken")
@@ -167,6 +168,7 @@ def train_once(run: RunDirectory, model: SegmentationModel, seed: int, train_ima
     mean, std = recipe_normalisation(options.recipe, model.provenance.data_config)
     meta = segmenter_meta(model, amp_dtype=options.amp_dtype, transform=options.recipe,
                           data_config={**model.provenance.data_config, "mean": list(mean), "std": list(std)})
+    meta |= {"trained_on": sorted(train_images.frame["content_id"]), "split_note": train_images.split_note}
     parameters = prepare_model(model, options, seed=seed, name=options.model)
     transform = build_joint_transform(options.recipe, size=options.size, mean=mean, std=std)
 

@@ -1,5 +1,6 @@
 """What a segmenter's test leaves: masks, outlined photographs, a table of the images, metrics with intervals."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ from furnace.evaluation.segmentation_sheets import PREDICTION, Case, outlined, w
 from furnace.evaluation.statistics import resampling_for
 from furnace.models.segmentation_files import Segmenter
 from furnace.runtime import distributed, files
+from furnace.runtime.files import UserError
 from furnace.runtime.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 SHOWN = ("dice", "jaccard", "threshold_jaccard", "hd95", "boundary_f1")
 MASKS, OVERLAYS, WORST = "masks", "overlays", "worst_cases.png"
@@ -41,6 +45,27 @@ class Testing:
     masking: Masking
     overlays: bool
     resamples: int
+
+
+def unseen(segmenter: Segmenter, splits: dict[str, SegmentationManifest], *, drawn: bool
+           ) -> dict[str, SegmentationManifest]:
+    """The splits without a val that was trained on (of another seed, or of a fold).
+
+    Raises:
+        UserError: the test was drawn, and images of it were trained on.
+    """
+    seen = {name: int(part.frame["content_id"].isin(segmenter.trained_on).sum()) for name, part in splits.items()}
+    if seen["test"]:
+        test = splits["test"]
+        text = f"{segmenter.path} was trained on {seen['test']} of the {len(test)} test images"
+        if drawn and segmenter.split_note:
+            raise UserError(f"{text}: its training drew otherwise ({segmenter.split_note}): pass the --seed and "
+                            "--val_fraction of the training")
+        logger.warning("%s: the scores are too good", text)
+    if seen["val"]:
+        logger.warning("%d of the %d val images were trained on: val is left out", seen["val"], len(splits["val"]))
+        return {"test": splits["test"]}
+    return splits
 
 
 def score_splits(run: RunDirectory, segmenter: Segmenter, splits: dict[str, SegmentationManifest], how: Testing, *,
@@ -144,7 +169,14 @@ def output_names(filenames: Sequence[str]) -> list[str]:
     plain = ["/".join(part for part in path.parts if part not in ("..", path.anchor)) for path in inside]
     stems = [name[:len(name) - len(Path(name).suffix)] for name in plain]
     count = Counter(stems)
-    return [stem if count[stem] == 1 else name for stem, name in zip(stems, plain, strict=True)]
+    names = [stem if count[stem] == 1 else name for stem, name in zip(stems, plain, strict=True)]
+    same, taken = Counter(name.casefold() for name in names), {name.casefold() for name in names}
+    for i, name in enumerate(names):  # ../x/a.png beside x/a.png; a.jpg beside a.jpg.png; A.png beside a.png
+        if same[name.casefold()] > 1:
+            number = next(number for number in range(1, len(names) + 2) if f"{name}_{number}".casefold() not in taken)
+            names[i] = f"{name}_{number}"
+            taken.add(names[i].casefold())
+    return names
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
@@ -154,5 +186,8 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     """A PNG, whole or not at all."""
-    with files.atomic_write(path) as file:
-        picture.save(file, format="PNG")
+    try:
+        with files.atomic_write(path) as file:
+            picture.save(file, format="PNG", compress_level=1)  # of 24 megapixels: seconds, not most of a minute
+    except files.OutputError as error:
+        raise files.ProcessError(str(error)) from error  # the other processes do not meet it

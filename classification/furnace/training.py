@@ -165,7 +165,9 @@ def train(run: RunDirectory, model: nn.Module, plan: BatchPlan, *, step: Callabl
     state = build_state(model, options, plan, decay_all=decay_all)
     if device.type == "cuda" and plan.micro >= getattr(model, "minimum_batch", 1):  # less could not be halved
         train_mode(model, model)
-        plan = fitting_plan(model, step, make_batch, plan, {name: float(v[0]) for name, v in schedules.items()},
+        # the trial has no other process's images to share statistics with: it needs what one process alone would
+        alone = dataclasses.replace(plan, least=getattr(model, "minimum_batch", 1))
+        plan = fitting_plan(model, step, make_batch, alone, {name: float(v[0]) for name, v in schedules.items()},
                             device=device, amp_dtype=options.amp_dtype)
     if sync_bn:
         share_statistics(model, device)

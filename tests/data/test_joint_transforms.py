@@ -110,6 +110,16 @@ def test_dermino_is_its_evaluation_transform() -> None:
     assert torch.equal(image, build_image_transform("dermino", size=28, mean=MEAN, std=STD)(Image.fromarray(NOISE)))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pixels_serve_as_well_as_a_picture(recipe: str) -> None:
+    """A window is cut out of (3, H, W) uint8: the same numbers, to the bit, also of a part that is not contiguous."""
+    transform = build_image_transform(recipe, size=(20, 33), mean=MEAN, std=STD)
+    pixels = torch.from_numpy(NOISE).permute(2, 0, 1)
+    assert torch.equal(transform(pixels), transform(Image.fromarray(NOISE)))
+    assert torch.equal(transform(pixels[:, 7:40, 11:49]), transform(Image.fromarray(NOISE[7:40, 11:49])))
+    assert pixels.equal(torch.from_numpy(NOISE).permute(2, 0, 1)), "the picture itself is left alone"
+
+
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 def views(recipe: str, mask: np.ndarray, count: int, image: Image.Image | None = None, size: int = 96) -> list[tuple]:

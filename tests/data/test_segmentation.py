@@ -49,7 +49,8 @@ def faults(*args, **more) -> list[tuple]:
 
 def test_contract(root: Path, tmp_path: Path) -> None:
     manifest = table(root, tmp_path, label=[str(i % 7) for i in range(40)])
-    assert list(manifest.frame.columns) == ["image", "label", "split", "_row", "mask", "lesion_pixels", "own_label"]
+    assert list(manifest.frame.columns) == ["image", "label", "split", "_row", "mask", "lesion_pixels", "own_label",
+                                              "content_id"]
     assert manifest.frame["lesion_pixels"].tolist() == list(range(40))
     assert manifest.labels.tolist() == [0] * 40 and manifest.class_names == ("lesion",)
     assert manifest.frame["own_label"].tolist() == [str(i % 7) for i in range(40)]

@@ -7,11 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from furnace.data.datasets import build_loader
+from furnace.data.datasets import LARGEST_BATCH, build_loader, loader_in_order
 from furnace.data.joint_transforms import build_image_transform, build_joint_transform
 from furnace.data.samplers import Draw, TrainSampler
 from furnace.data.segmentation import SegmentationManifest, read_segmentation
-from furnace.data.segmentation_datasets import SegmentationDataset, build_segmentation_loader, collate_with_masks
+from furnace.data.segmentation_datasets import (
+    PhotoDataset,
+    SegmentationDataset,
+    build_photo_loader,
+    build_segmentation_loader,
+    collate_photos,
+    collate_with_masks,
+)
 from furnace.runtime.batch_plan import BatchPlan
 from furnace.runtime.seeding import seed_all
 from helpers import draw_images, write_csv
@@ -108,6 +115,72 @@ def test_evaluation_reads_images_only(manifest: SegmentationManifest) -> None:
     batch = next(iter(build_loader(manifest.take([4, 2]), transform, batch_size=8, num_workers=0)))
     wanted = [SegmentationDataset(manifest, FIXED)[i][0] for i in (4, 2)]
     assert torch.equal(batch.images, torch.stack(wanted)) and not hasattr(batch, "masks")
+
+
+# --------------------------------------------------------------------------------------------- photographs in order
+
+TRANSFORMS = [build_image_transform("dermino", size=size, **PLAIN) for size in ((24, 30), (16, 16))]
+
+
+def test_photographs_in_each_size_of_input(manifest: SegmentationManifest) -> None:
+    """In the manifest's order; the size is (H, W) of the picture, not of the input."""
+    batches = list(build_photo_loader(manifest.take([4, 2, 9]), TRANSFORMS, batch_size=2, num_workers=0))
+    assert [len(batch.photos) for batch in batches] == [2, 1] and not any(batch.broken for batch in batches)
+    photos = [photo for batch in batches for photo in batch.photos]
+    assert [photo.index for photo in photos] == [0, 1, 2]
+    for photo, number in zip(photos, (4, 2, 9), strict=True):
+        with Image.open(manifest.path_of(number)) as picture:
+            wanted = [transform(picture) for transform in TRANSFORMS]
+        assert photo.size == (32, 40) and photo.pixels is None
+        assert len(photo.inputs) == 2 and all(map(torch.equal, photo.inputs, wanted))
+
+
+def test_without_a_transform_the_pixels_are_kept(manifest: SegmentationManifest) -> None:
+    (photo,) = next(iter(build_photo_loader(manifest.take([5]), [], batch_size=1, num_workers=0))).photos
+    with Image.open(manifest.path_of(5)) as picture:
+        wanted = np.asarray(picture).transpose(2, 0, 1)
+    assert photo.inputs == [] and photo.pixels.dtype == torch.uint8 and np.array_equal(photo.pixels.numpy(), wanted)
+    assert photo.size == (32, 40)
+
+
+def test_photographs_with_workers(manifest: SegmentationManifest) -> None:
+    photos = [photo for batch in build_photo_loader(manifest, TRANSFORMS, batch_size=3, num_workers=2)
+              for photo in batch.photos]
+    alone = PhotoDataset(manifest, TRANSFORMS)
+    assert [photo.index for photo in photos] == list(range(COUNT)) == list(range(len(alone)))
+    assert all(torch.equal(photo.inputs[1], alone[photo.index].inputs[1]) for photo in photos)
+
+
+def test_every_process_has_its_share_of_the_photographs(manifest: SegmentationManifest, monkeypatch) -> None:
+    """0, 3, 6 ... and so on: none twice, none filled up."""
+    shares = []
+    monkeypatch.setattr("furnace.runtime.distributed.world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("furnace.runtime.distributed.rank", lambda rank=rank: rank)
+        loader = build_photo_loader(manifest, [], batch_size=4, num_workers=0)
+        shares.append([photo.index for batch in loader for photo in batch.photos])
+    assert shares == [list(range(rank, COUNT, 3)) for rank in range(3)]
+
+
+def test_broken_photographs_are_told(tmp_path: Path) -> None:
+    manifest = made(tmp_path)
+    (tmp_path / "i3.png").write_bytes(b"x")
+    (tmp_path / "i5.png").write_bytes((tmp_path / "i5.png").read_bytes()[:900])
+    (batch,) = build_photo_loader(manifest.take([2, 3, 5]), TRANSFORMS, batch_size=8, num_workers=0)
+    assert [photo.index for photo in batch.photos] == [0] and [index for index, _ in batch.broken] == [1, 2]
+    assert all(isinstance(reason, str) and reason for _, reason in batch.broken)
+    empty = collate_photos([PhotoDataset(manifest, [])[3]])
+    assert empty.photos == [] and len(empty.broken) == 1
+
+
+def test_a_loader_in_order_of_any_dataset() -> None:
+    """Batches of the size asked for, on a CPU at most eight; its own way to put items together."""
+    squares = [i * i for i in range(11)]
+    loader = loader_in_order(squares, batch_size=4, num_workers=0, collate_fn=tuple)
+    assert list(loader) == [(0, 1, 4, 9), (16, 25, 36, 49), (64, 81, 100)]
+    assert loader_in_order(squares, batch_size=64, num_workers=0).batch_size == LARGEST_BATCH["cpu"] == 8
+    assert loader_in_order(squares, batch_size=64, num_workers=0, device="cuda").batch_size == 64
+    assert loader_in_order(squares[:2], batch_size=4, num_workers=30).num_workers == 2, "no more workers than images"
 
 
 def test_broken_files_are_told(tmp_path: Path) -> None:

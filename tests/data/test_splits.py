@@ -243,9 +243,9 @@ def test_an_empty_id_is_its_own_group() -> None:
 
 
 def test_too_few_for_the_folds() -> None:
-    with pytest.raises(UserError, match="--folds 5 needs as many patient_id groups .* have 3: take fewer folds"):
+    with pytest.raises(UserError, match="5 folds need as many patient_id groups .* have 3: take fewer folds"):
         make_folds(manifest([0, 1] * 6, patient_id=[f"P{i % 3}" for i in range(12)]), 5, 0)
-    with pytest.raises(UserError, match="--folds 5 needs as many images .* have 4: take fewer folds"):
+    with pytest.raises(UserError, match="5 folds need as many images .* have 4: take fewer folds"):
         make_folds(manifest([0, 1] * 3, splits=["train"] * 3 + ["val"] + ["test"] * 2), 5, 0)
     with pytest.raises(ValueError, match="need 2 or more"):
         make_folds(manifest([0, 1] * 3), 1, 0)

@@ -93,9 +93,9 @@ def test_a_picture_is_predicted_in_batches() -> None:
     image = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))
     batches = []
 
-    def forward(batch: torch.Tensor) -> torch.Tensor:
-        batches.append(batch.shape)
-        return batch.mean(dim=1)
+    def forward(parts: list[torch.Tensor]) -> torch.Tensor:
+        batches.append(torch.stack(parts).shape)
+        return torch.stack(parts).mean(dim=1)
 
     found = predict_in_windows(lambda b: image[:, b.top:b.bottom, b.left:b.right], forward, SIZE, window=(20, 32),
                                overlap=0.4, batch_size=5)
@@ -103,6 +103,22 @@ def test_a_picture_is_predicted_in_batches() -> None:
     count = len(BOXES)
     assert [shape[0] for shape in batches] == [5] * (count // 5) + ([count % 5] if count % 5 else [])
     assert all(shape[1:] == (3, 20, 32) for shape in batches)
+
+
+def test_an_input_can_be_anything() -> None:
+    """What ``crop`` makes of a box reaches ``forward`` as it is: here the picture in two sizes, and the box."""
+    image = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))
+
+    def crop(box: Box) -> tuple[torch.Tensor, torch.Tensor, Box]:
+        part = image[:, box.top:box.bottom, box.left:box.right]
+        return part, part[:, ::2, ::2], box
+
+    def forward(inputs: list[tuple[torch.Tensor, torch.Tensor, Box]]) -> torch.Tensor:
+        assert all(half.shape == (3, 10, 16) and part.shape == (3, 20, 32) for part, half, _ in inputs)
+        return torch.stack([part[0] + box.top - box.top for part, _, box in inputs])
+
+    found = predict_in_windows(crop, forward, SIZE, window=(20, 32), overlap=0.4, batch_size=4)
+    torch.testing.assert_close(found, image[0])
 
 
 def test_windows_are_not_collected() -> None:

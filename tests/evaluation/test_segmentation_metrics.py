@@ -15,6 +15,7 @@ from furnace.evaluation.segmentation_metrics import (
     OF_AN_IMAGE,
     confusion_counts,
     image_metrics,
+    overlap_means,
     pooled_metrics,
     score_segmentation,
     segmentation_row,
@@ -215,6 +216,27 @@ def random_table(n: int, *, seed: int = 0) -> pd.DataFrame:
     pairs = [tuple(rng.random((2, 9, 9)) > rng.random() * 0.9) for _ in range(n)]
     pairs[0], pairs[1], pairs[2] = (EMPTY, EMPTY), (EMPTY, square(1, 4)), (square(2, 5), EMPTY)
     return table_of(pairs)
+
+
+def test_means_of_the_overlaps_are_those_of_the_whole_score() -> None:
+    """What an epoch is chosen by is what the test reports, images without lesion included; nothing else is in it."""
+    table = random_table(30)
+    means = overlap_means(table[list(COUNTS)].to_numpy())
+    scored = score_segmentation(table, resampling=Resampling(resamples=20))["metrics"]
+    assert list(means) == ["dice", "jaccard", "threshold_jaccard", "pixel_acc", "pooled_dice", "pooled_jaccard"]
+    for name, value in means.items():
+        assert type(value) is float and value == pytest.approx(scored[name]["value"], abs=1e-14)
+
+
+def test_means_of_the_overlaps_by_hand() -> None:
+    """Dice 1/4, 1 (nothing there, nothing found) and 0 (found where nothing is); Jaccard 1/7, 1, 0."""
+    pairs = [(square(0, 4), square(2, 6)), (EMPTY, EMPTY), (square(2, 6), EMPTY)]
+    means = overlap_means(np.array([[confusion_counts(*pair)[name] for name in COUNTS] for pair in pairs]))
+    assert means == pytest.approx({
+        "dice": (0.25 + 1) / 3, "jaccard": (1 / 7 + 1) / 3, "threshold_jaccard": 1 / 3,
+        "pixel_acc": (40 / 64 + 1 + 48 / 64) / 3, "pooled_dice": 8 / (8 + 24 + 16), "pooled_jaccard": 4 / 44},
+        abs=1e-15)
+    assert overlap_means(np.array([[13, 0, 7, 0], [12, 0, 8, 0]]))["threshold_jaccard"] == 0.325, "0.65 itself counts"
 
 
 @pytest.mark.parametrize("groups", [None, 7])

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from furnace.runtime.batch_plan import BatchPlan, plan_batches
-from furnace.runtime.files import UserError
+from furnace.runtime.files import ProcessError, UserError
 
 
 def test_published_number_of_updates() -> None:
@@ -45,3 +45,26 @@ def test_halving_keeps_the_update() -> None:
     paired = BatchPlan(micro=12, accumulation=1, world_size=1, steps_per_epoch=5, even=True).halved()
     with pytest.raises(UserError, match="6 images .*mixup pairs them"):
         paired.halved()
+
+
+@pytest.mark.parametrize("images,batch,freq,world,micro", [(100, 8, 1, 1, 8), (3, 8, 1, 1, 3), (1, 8, 1, 1, 1),
+                                                           (100, 1, 4, 2, 1)])
+def test_the_least_of_a_pass_is_kept_in_the_plan(images, batch, freq, world, micro) -> None:
+    """Also where the images are fewer; it changes no number. The caller, who knows the head, says what is wrong."""
+    plan = plan_batches(images, batch_size=batch, update_freq=freq, world_size=world, least=2)
+    assert plan.least == 2 and plan.micro == micro
+    plain = plan_batches(images, batch_size=batch, update_freq=freq, world_size=world)
+    assert plain.least == 1 and (plan.micro, plan.accumulation, plan.steps_per_epoch, plan.per_update) == (
+        plain.micro, plain.accumulation, plain.steps_per_epoch, plain.per_update)
+
+
+@pytest.mark.parametrize("micro,least,halvings", [(16, 2, 3), (16, 4, 2), (12, 2, 2), (12, 5, 1), (2, 2, 0), (2, 1, 1)])
+def test_halving_stops_at_the_least(micro: int, least: int, halvings: int) -> None:
+    """The last plan still has enough images; the message says how many are needed."""
+    plan = BatchPlan(micro=micro, accumulation=1, world_size=1, steps_per_epoch=5, least=least)
+    for _ in range(halvings):
+        plan = plan.halved()
+    assert plan.micro == micro // 2**halvings >= least and plan.accumulation == 2**halvings and plan.least == least
+    words = rf"{plan.micro} images? do(es)? not fit .*{f'{least} are needed' if least > 1 else 'be halved:'}"
+    with pytest.raises(ProcessError, match=words):
+        plan.halved()

@@ -53,3 +53,15 @@ def test_the_process_with_the_least_memory_decides(monkeypatch) -> None:
     plan = fitting_plan(nn.Linear(3, 3), limited(16, []), lambda n: torch.ones(n, 3), BatchPlan(16, 1, 2, 7),
                         {"lr": 1.0}, device=CPU, amp_dtype="fp32")
     assert plan == BatchPlan(4, 4, 2, 7)
+
+
+def test_never_below_the_least() -> None:
+    """The head needs two images: one is not tried, and the message says why."""
+    seen = []
+    with pytest.raises(UserError, match="2 images do not fit into the GPU's memory.*2 are needed"):
+        fitting_plan(nn.Linear(3, 3), limited(1, seen), lambda n: torch.ones(n, 3), BatchPlan(8, 1, 1, 7, least=2),
+                     {"lr": 1.0}, device=CPU, amp_dtype="fp32")
+    assert seen == [8, 4, 2]
+    plan = fitting_plan(nn.Linear(3, 3), limited(3, []), lambda n: torch.ones(n, 3), BatchPlan(8, 1, 1, 7, least=2),
+                        {"lr": 1.0}, device=CPU, amp_dtype="fp32")
+    assert plan == BatchPlan(2, 4, 1, 7, least=2)

@@ -55,6 +55,20 @@ def test_probe_runs_the_model_in_both() -> None:
     assert {dtype for dtype, _ in seen} == {torch.float32, torch.bfloat16} and not any(g for _, g in seen)
 
 
+@pytest.mark.parametrize("size,shape", [(8, (8, 8)), ((16, 24), (16, 24))])
+def test_probe_images_have_the_size_of_the_input(monkeypatch, size: int | tuple[int, int], shape: tuple) -> None:
+    """A side, or height and width: four black images on a CPU."""
+    seen = set()
+
+    def timed(model: torch.nn.Module, images: torch.Tensor, name: str) -> float:
+        seen.add((name, tuple(images.shape)))
+        return 1.0
+
+    monkeypatch.setattr(precision, "_time_forward", timed)
+    assert precision.resolve_amp_dtype("auto", torch.nn.Identity(), torch.device("cpu"), size) == "fp32"
+    assert seen == {(name, (4, 3, *shape)) for name in ("fp32", "bf16")}
+
+
 @pytest.mark.parametrize("name,dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     """A product comes out in the asked format."""

@@ -42,8 +42,8 @@ def test_tensorboard_missing(tmp_path, monkeypatch) -> None:
 
 
 def test_wandb_gets_project_name_and_numbers(tmp_path, monkeypatch) -> None:
-    """A stand-in for the package: what is asked of it, and that the run is finished."""
-    calls = []
+    """A stand-in for the package: what is asked of it, with notes and tags, and that the run is finished."""
+    calls, described = [], []
 
     class Run:
         def log(self, numbers, step):
@@ -56,6 +56,7 @@ def test_wandb_gets_project_name_and_numbers(tmp_path, monkeypatch) -> None:
         @staticmethod
         def init(**options):
             calls.append((options["project"], options["name"], options["id"], options["resume"]))
+            described.append((options["notes"], list(options["tags"]), options["config"], options["dir"]))
             return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
@@ -63,3 +64,8 @@ def test_wandb_gets_project_name_and_numbers(tmp_path, monkeypatch) -> None:
         for entry in ENTRIES:
             track(entry)
     assert calls == [("demo", "mine", "abc", "allow"), (5, 2.0), (10, 1.5), "finished"]
+    with tracking(folder=tmp_path, run_id="abc", config={}, wandb_project="demo", notes="why it was run",
+                  tags=["ham", "upernet"]):
+        pass
+    assert described == [(None, [], {"lr": 1}, str(tmp_path)),
+                         ("why it was run", ["ham", "upernet"], {}, str(tmp_path))]

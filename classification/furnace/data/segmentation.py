@@ -33,7 +33,8 @@ TEST_FRACTION = 0.2  # of a set without any official split
 class SegmentationManifest(Manifest):
     """A Manifest of images with masks: splits, folds, parts and image loaders work on it as on any other.
 
-    ``frame`` has two columns more: mask (str, relative to ``root``) and lesion_pixels (int64, of the mask's own size).
+    ``frame`` has three columns more: mask (str, relative to ``root``), lesion_pixels (int64, of the mask's own size)
+    and content_id (str, tells the image's bytes from those of others).
     Every label is 0, of the one class lesion; ``images_digest`` covers the masks, too.
 
     Attributes:
@@ -86,11 +87,15 @@ def read_segmentation(csv_path: str | Path | None = None, *, dataset: str | None
         frame, root = read_folders(name, "." if parent is None else parent, needed=needed, problems=problems)
         source, content = root, frame.drop(columns=ROW).to_csv(index=False).encode()
         needed = ()  # a missing folder is told already
-    digest, pixels = _check(frame, root, needed, strict_split, problems)
+    digest, pixels, content_ids = _check(frame, root, needed, strict_split, problems)
     if dataset is not None:  # there are no rows that a user could look at
         problems = [_without_place(problem) for problem in problems]
     report(problems, csv_path=source, folder=report_folder)
-    frame = _arrange(frame, pixels)
+    frame = _arrange(frame, pixels, content_ids)
+    repeated = frame.duplicated(["image", "split"])
+    if repeated.any():  # each image is scored once
+        logger.warning("%d repeated rows are left out", repeated.sum())
+        frame = frame[~repeated].reset_index(drop=True)
     manifest = SegmentationManifest(
         frame=frame, name=name, csv_path=source, root=root, sha256=hashlib.sha256(content).hexdigest(),
         images_digest=digest, class_names=("lesion",), label_column="mask",
@@ -105,14 +110,14 @@ def _without_place(problem: Problem) -> Problem:
 
 
 def _check(frame: pd.DataFrame, root: Path, needed: Sequence[str], strict: bool,
-           problems: list[Problem]) -> tuple[str, np.ndarray]:
-    """Columns, splits, files, masks, repeats and leakage; returns the digest of all files and the lesion pixels."""
+           problems: list[Problem]) -> tuple[str, np.ndarray, list[str]]:
+    """Columns, splits, files, masks, repeats, leakage; returns the digest of all files, lesion pixels, content ids."""
     remedies = {"image": "add a column with the image files", "mask": "add a column with the mask file of each image",
                 "split": "add a column with train, val or test"}
     problems += [missing_column(frame, column, remedies[column]) for column in remedies if column not in frame]
     if "split" in frame:
         _check_splits(frame, needed, problems)
-    digest, pixels = "", np.full(len(frame), -1)
+    digest, pixels, content_ids = "", np.full(len(frame), -1), [""] * len(frame)
     if "image" in frame:
         digest, content_ids = check_files(frame, root, problems)
         if "mask" in frame:
@@ -124,7 +129,7 @@ def _check(frame: pd.DataFrame, root: Path, needed: Sequence[str], strict: bool,
         for column in GROUP_COLUMNS:
             if column in frame:
                 check_group_leakage(frame, column, strict, problems)
-    return digest, pixels
+    return digest, pixels, content_ids
 
 
 def _check_splits(frame: pd.DataFrame, needed: Sequence[str], problems: list[Problem]) -> None:
@@ -149,11 +154,11 @@ def _repeats(frame: pd.DataFrame, root: Path, content_ids: list[str], strict: bo
                     remedy=problem.remedy.replace("label", "mask")) for problem in found]
 
 
-def _arrange(frame: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
+def _arrange(frame: pd.DataFrame, pixels: np.ndarray, content_ids: list[str]) -> pd.DataFrame:
     """The columns of a Manifest first; a class label of the CSV's is kept as own_label."""
     if "label" in frame:
         frame = frame.rename(columns={"label": "own_label"})
-    frame = frame.assign(label=np.int64(0), lesion_pixels=pixels)
+    frame = frame.assign(label=np.int64(0), lesion_pixels=pixels, content_id=[one[:16] for one in content_ids])
     first = ["image", "label", "split", ROW, "mask", "lesion_pixels"]
     return frame[first + [column for column in frame.columns if column not in first]]
 
@@ -181,6 +186,11 @@ def _draw(manifest: SegmentationManifest, split: np.ndarray, name: str, fraction
     if len(np.unique(groups)) < 2:
         raise UserError(f"{manifest.csv_path} has one {'lesion or patient' if manifest.group_columns else 'image'} in "
                         f"train, of which no {name} can be drawn: mark some rows as {name}")
+    number = len(np.unique(groups))
+    if np.ceil(number * fraction) >= number:
+        raise UserError(f"a share of {fraction:g} of the {number} "
+                        f"{'lesions or patients' if manifest.group_columns else 'images'} in train for {name} leaves "
+                        "none to train on: take a smaller --val_fraction")
     drawn = next(GroupShuffleSplit(1, test_size=fraction, random_state=seed).split(train, groups=groups))[1]
     split[train[drawn]] = name
     groups = " and ".join(column.removesuffix("_id") + "s" for column in manifest.group_columns)

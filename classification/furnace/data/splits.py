@@ -142,7 +142,7 @@ def _cut(images: Manifest, folds: int, seed: int) -> list[np.ndarray]:
     grouped = number < len(images)
     what = f"{' or '.join(images.group_columns)} groups" if grouped and images.group_columns else "images"
     if number < folds:
-        raise UserError(f"--folds {folds} needs as many {what} in train and val, which have {number}: take fewer folds")
+        raise UserError(f"{folds} folds need as many {what} in train and val, which have {number}: take fewer folds")
     strata = _strata(images)
     if np.bincount(strata).max() < folds:  # scikit-learn refuses: there is nothing to balance
         strata = np.zeros_like(strata)
@@ -151,7 +151,7 @@ def _cut(images: Manifest, folds: int, seed: int) -> list[np.ndarray]:
         warnings.filterwarnings("ignore", message="The least populated class")
         parts = [part for _, part in splitter.split(strata, strata, groups if grouped else None)]
     if not all(map(len, parts)):
-        raise UserError(f"--folds {folds}: the {number} {what} of train and val cannot be cut into so many parts, take "
+        raise UserError(f"{folds} folds: the {number} {what} of train and val cannot be cut into so many parts, take "
                         "fewer folds")
     return parts
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from furnace.data.class_names import some
 from furnace.data.datasets import refuse_broken
 from furnace.data.joint_transforms import build_image_transform
 from furnace.data.manifest import Manifest
@@ -23,6 +24,7 @@ from furnace.evaluation.features import NotFiniteError, SteadyForward
 from furnace.evaluation.masks import largest_component
 from furnace.models.segmenter import SegmentationModel, resize_segmenter
 from furnace.runtime import distributed
+from furnace.runtime.files import UserError
 from furnace.runtime.precision import autocast, prepare_for_inference
 
 THRESHOLD = 0.5
@@ -83,25 +85,57 @@ def lesion_masks(model: SegmentationModel, manifest: Manifest, how: Masking, *, 
 
     Raises:
         ProcessError: files that cannot be decoded: all of them, after the last of them was met.
-        NotFiniteError: logits that are not finite, with the file.
+        NotFiniteError: logits that are not finite, with the files, after the last; in every process.
     """
     model = model.to(how.device).eval()
     sizes = scaled_sizes(model, how.scales)
     transforms = [build_image_transform(how.transform, size=size, mean=how.mean, std=how.std) for size in sizes]
     loader = build_photo_loader(manifest, [] if how.window else transforms, device=how.device,
-                                batch_size=1 if how.window else how.batch_size, num_workers=how.num_workers)
+                                batch_size=1 if how.window else max(1, min(how.batch_size, len(manifest))),
+                                num_workers=how.num_workers)
     forwards = [SteadyForward(lesion_probability(prepare_for_inference(
-        resize_segmenter(model, size).to(how.device) if model.plain else model, how.amp_dtype)),
+        of_size(model, size).to(how.device), how.amp_dtype)),
         how.batch_size if how.window else loader.batch_size) for size in sizes]
     broken: list[tuple[int, str]] = []
+    bad: list[int] = []
     with tqdm(total=len(loader.sampler), unit="image", desc=description, disable=not distributed.is_main()) as bar:
         for batch in loader:
             broken += batch.broken
             if batch.photos and not broken:
-                yield from _masks_of(batch.photos, forwards, transforms, manifest, how)
+                for index, mask in _masks_of(batch.photos, forwards, transforms, how):
+                    if mask is None:
+                        bad.append(index)
+                    else:
+                        yield index, mask
             bar.update(len(batch.photos) + len(batch.broken))
     if broken := distributed.gather_lists(broken):
         refuse_broken(manifest, broken)
+    if bad := sorted(distributed.gather_lists(bad)):  # in all processes: one alone would end without a word
+        raise NotFiniteError(f"the logits of {some([manifest.filenames[index] for index in bad])} are not finite in "
+                             f"{how.amp_dtype} (run with --amp_dtype fp32)")
+
+
+def of_size(model: SegmentationModel, size: tuple[int, int]) -> SegmentationModel:
+    """The model for images of this size: itself where it takes any.
+
+    Raises:
+        UserError: it cannot be brought to that size.
+    """
+    fixed = model.plain or "img_size" in model.recipe["backbone"]["arguments"]
+    return resize_segmenter(model, size) if fixed else model
+
+
+def check_scales(model: SegmentationModel, scales: Sequence[float]) -> None:
+    """Whether a model can see images of these multiples of its size: to be known before a training, not after it.
+
+    Raises:
+        UserError: the model cannot see images of them.
+    """
+    try:
+        for size in scaled_sizes(model, scales):
+            of_size(model, size)
+    except UserError as error:
+        raise UserError(f"--tta scales: {error} (--tta flips works)") from error
 
 
 def scaled_sizes(model: SegmentationModel, scales: Sequence[float]) -> list[tuple[int, int]]:
@@ -119,9 +153,12 @@ def lesion_probability(model: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return lambda images: model(images).float().softmax(dim=1)[:, 1]
 
 
-def _masks_of(photos: list[Photo], forwards: list[SteadyForward], transforms: list[Any], manifest: Manifest,
-              how: Masking) -> Iterator[tuple[int, np.ndarray]]:
-    """Masks of a batch; outside of inference mode in between, so that a training around it is not touched."""
+def _masks_of(photos: list[Photo], forwards: list[SteadyForward], transforms: list[Any], how: Masking
+              ) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Masks of a batch, None where the logits are not finite.
+
+    Outside of inference mode in between, so that a training around it is not touched.
+    """
     if how.window is None:
         maps = _predict([photo.inputs for photo in photos], forwards, how)  # (B, h, w)
     for number, photo in enumerate(photos):
@@ -130,8 +167,8 @@ def _masks_of(photos: list[Photo], forwards: list[SteadyForward], transforms: li
         else:
             whole = _in_windows(photo, forwards, transforms, how)
         if not torch.isfinite(whole).all():
-            raise NotFiniteError(f"the logits of {manifest.filenames[photo.index]} are not finite in {how.amp_dtype} "
-                                 "(run with --amp_dtype fp32)")
+            yield photo.index, None
+            continue
         mask = (whole > THRESHOLD).cpu().numpy()
         yield photo.index, largest_component(mask) if how.largest else mask
 

@@ -67,6 +67,8 @@ class Segmenter:
         sha256: of the file's bytes; of the tensors where there is no file.
         path: of the file.
         epoch: of the training, from which the weights are.
+        trained_on: content ids of the images that it was trained on, as far as the file says.
+        split_note: what that training drew in place of an official split.
     """
 
     model: SegmentationModel
@@ -78,6 +80,8 @@ class Segmenter:
     sha256: str
     path: Path
     epoch: int | str | None
+    trained_on: frozenset[str] = frozenset()
+    split_note: str = ""
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -135,7 +139,8 @@ def segmenter_of(content: Any, *, source: str, sha256: str | None = None,
         model = resize_segmenter(model, input_size)
     return Segmenter(model=model, name=meta["model"], class_names=tuple(meta["class_names"]),
                      amp_dtype=meta["amp_dtype"], data_config=model.provenance.data_config,
-                     transform=meta["transform"], sha256=sha256, path=Path(source), epoch=whole.get("epoch"))
+                     transform=meta["transform"], sha256=sha256, path=Path(source), epoch=whole.get("epoch"),
+                     trained_on=frozenset(meta.get("trained_on", ())), split_note=meta.get("split_note", ""))
 
 
 def published_names(state: State) -> State:

@@ -262,7 +262,7 @@ def resize_segmenter(model: SegmentationModel, input_size: int | Sequence[int]) 
         ``model`` itself when it is of that size, else another one, in eval mode.
 
     Raises:
-        UserError: the size does not suit, or the positions are of a grid that is not square.
+        UserError: the size does not suit, or positions that depend on it cannot be resampled.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if size == model.input_size:
