@@ -11,7 +11,7 @@ from furnace.data.synthetic import draw_demo_data_set
 from helpers import golden_state
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
-torch.set_num_threads(2)
+torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # test processes share the cores
 
 
 @pytest.fixture(autouse=True, scope="session")
