@@ -81,3 +81,16 @@ def test_a_val_fraction_that_leaves_nothing(tmp_path) -> None:
     csv = disc_set(tmp_path / "data", train=12, val=0)
     with pytest.raises(UserError, match="leaves none to train on: take a smaller --val_fraction"):
         read_segmentation(csv, val_fraction=0.95)
+
+
+def test_options_of_a_training_have_no_effect_on_a_test(tmp_path, caplog) -> None:
+    """They are named in one line, those that the test reads are not."""
+    csv = disc_set(tmp_path / "data")
+    assert segment(tmp_path / "run", csv=csv, epoch="1") == 0
+    for words, named in ((["--evaluate", "--lr", "3", "--taps", "1", "--tta"], "--evaluate"),
+                         (["--predict", str(csv.parent / "images"), "--lr", "3", "--taps", "1"], "--predict")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert segment(tmp_path / "run", *words, csv=csv if named == "--evaluate" else None, batch_size=None,
+                           epoch=None, warmup_epochs=None, pretrained=None, channels=None, resamples=None) == 0
+        assert f"--lr, --taps: no effect with {named}, where nothing is trained" in caplog.text

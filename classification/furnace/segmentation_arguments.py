@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from furnace.command_line import at_least, clean_path, new_parser, not_negative, optional_path, share
+from furnace.command_line import at_least, clean_path, logger, new_parser, not_negative, optional_path, share
 from furnace.data.segmentation import VAL_FRACTION
 from furnace.data.segmentation_folders import LAYOUTS
 from furnace.engine_for_segmentation import MONITORS
@@ -17,7 +18,7 @@ from furnace.models.segmenter import HEADS
 from furnace.runtime import distributed
 from furnace.runtime.files import UserError
 from furnace.runtime.precision import pick_device
-from furnace.segmentation import RECIPES
+from furnace.segmentation import RECIPES, SegmentationOptions
 from furnace.training_arguments import (
     add_accepted_options,
     add_checkpoint_options,
@@ -29,6 +30,9 @@ from furnace.training_arguments import (
 )
 
 SCRIPT = "segmentation/run.py"
+# what a test or a prediction reads of a training's options; --kfold is refused there
+READ_WHEN_READY = {"recipe", "model", "head", "size", "device", "amp_dtype", "num_workers", "test_batch_size", "kfold",
+                   "resume"}
 FOLDS = 5  # of --kfold without a number, as published
 PUBLISHED_PAIR = {"cae_seg": "PanDerm_Large_LP"}  # with UPerNet
 PUBLISHED_ELSE = ("UNet", "vit_large")  # names of the published code that could not work there
@@ -225,12 +229,27 @@ def settle_options(args: argparse.Namespace) -> None:
     faults = [text for fault, text in wrong if fault]
     if faults:
         raise UserError("\n  ".join(faults))
+    if ready:
+        _say_what_is_not_read(args)
     for name, values in pairs.items():
         setattr(args, name, None if values is None else (values[0], values[-1]))
     args.model = PUBLISHED_PAIR.get(args.model, args.model)
     args.tta = ["flips", "scales"] if args.tta == [] else sorted(set(args.tta or []))
     if args.gpu is not None:
         args.device = device_of(args.gpu)
+
+
+def _say_what_is_not_read(args: argparse.Namespace) -> None:
+    """A line for the options of a training that were given with --evaluate or --predict."""
+    names = {field.name for field in dataclasses.fields(SegmentationOptions)} - READ_WHEN_READY
+    if args.predict:
+        names |= {"csv_path", "dataset", "val_fraction", "save_results", "resamples"}
+    parser = segmentation_parser(args.recipe)
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    given = [flags[name] for name in sorted(names & flags.keys()) if getattr(args, name) != parser.get_default(name)]
+    if given:
+        logger.info("%s: no effect with %s, where nothing is trained", ", ".join(given),
+                    "--predict" if args.predict else "--evaluate")
 
 
 def device_of(gpu: str) -> str:
