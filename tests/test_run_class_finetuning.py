@@ -75,7 +75,8 @@ def test_files_and_numbers(run) -> None:
     assert len(log) == 6 and [entry["update"] for entry in log] == [4, 8, 12, 16, 20, 24]
     assert results["best_epoch"] == int(np.argmax(accuracies)) and max(accuracies) > 0.5
     assert values_of(results["splits"]["val"])["acc"] == max(accuracies)
-    assert results["plan"] == {"micro": 6, "accumulation": 1, "world_size": 1, "steps_per_epoch": 4, "even": False}
+    assert results["plan"] == {"micro": 6, "accumulation": 1, "world_size": 1, "steps_per_epoch": 4, "even": False,
+                               "least": 1}
     assert (results["train_images"], results["model"], results["tune"], results["setting"]) == (
         24, MODEL, "full", {"seed": 0})
     assert results["trained_parameters"] == sum(p.numel() for p in load_classifier(
@@ -151,7 +152,8 @@ def test_fewer_images_than_a_batch(tmp_path, words: list[str], images: int, micr
     csv = drawn_set(tmp_path / "data", train=5)
     assert finetune(csv, tmp_path / "run", *words, batch_size="64") == 0
     plan = results_of(tmp_path / "run")["plan"]
-    assert plan == {"micro": micro, "accumulation": 1, "world_size": 1, "steps_per_epoch": 1, "even": bool(words)}
+    assert plan == {"micro": micro, "accumulation": 1, "world_size": 1, "steps_per_epoch": 1, "even": bool(words),
+                    "least": 1}
     assert [entry["update"] for entry in log_of(tmp_path / "run")] == [1, 2, 3]
     start = create_classifier(MODEL, "random", nb_classes=3, input_size=32, init_scale=1)
     best = read_stored_weights(tmp_path / "run" / "checkpoint-best.pth")

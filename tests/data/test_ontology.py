@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from furnace.data.ontology import ImageLabels, Ontology, encode_labels, fold, read_ontology
+from furnace.data.image_labels import ImageLabels, encode_labels
+from furnace.data.ontology import Ontology, fold, read_ontology
 from furnace.data.problems import ManifestError, Problem
 from furnace.runtime.files import UserError
 from helpers import ROOT
