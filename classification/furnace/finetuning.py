@@ -18,21 +18,18 @@ from torch.utils.data import DataLoader
 from furnace.data.datasets import Batch, build_train_loader
 from furnace.data.manifest import Manifest
 from furnace.data.samplers import TrainSampler, class_balanced_weights
-from furnace.data.splits import make_folds, take_percent_finetuning
+from furnace.data.splits import take_percent_finetuning
 from furnace.data.transforms import build_train_transform, build_transform
 from furnace.engine_for_finetuning import make_evaluate, make_step
-from furnace.models import OptionError
 from furnace.models.classifier import classifier_meta, create_classifier
 from furnace.runtime import distributed
 from furnace.runtime.batch_plan import BatchPlan, plan_batches
 from furnace.runtime.files import UserError
 from furnace.runtime.precision import pick_device
 from furnace.runtime.run_directory import RunDirectory
-from furnace.training import Trained, TrainingOptions, prepare_model, train
+from furnace.training import Trained, TrainingOptions, folds_of, prepare_model, train, with_drop_path
 
 logger = logging.getLogger(__name__)
-
-DROP_PATH = 0.1  # the published default, for architectures that have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +85,7 @@ def build_classifier(options: FinetuningOptions, nb_classes: int, seed: int) -> 
         layer_scale=options.layer_scale_init_value, relative_positions=options.rel_pos_bias,
         trainable_positions=not options.sin_pos_emb, init_scale=options.init_scale,
         model_keys=tuple(options.model_key.split("|")), prefix=options.model_prefix)
-    if options.drop_path is not None:
-        return build(drop_path=options.drop_path)
-    try:
-        return build(drop_path=DROP_PATH)
-    except OptionError as error:
-        if error.option != "drop_path_rate":
-            raise
-        return build()
+    return with_drop_path(build, options.drop_path)
 
 
 def draw_data(manifest: Manifest, settings: list[dict[str, Any]], options: FinetuningOptions
@@ -105,14 +95,8 @@ def draw_data(manifest: Manifest, settings: list[dict[str, Any]], options: Finet
     Raises:
         UserError: a share without images, too few groups for the folds, or a monitor that is not defined on val.
     """
-    folds: dict[int, list[Manifest]] = {}
-    drawn = []
-    for setting in settings:
-        seed, whole = setting["seed"], manifest
-        if options.folds:
-            folds[seed] = folds.get(seed) or make_folds(manifest, options.folds, seed)
-            whole = folds[seed][setting["fold"]]
-        drawn.append((take_percent_finetuning(whole, options.percent_data, seed), whole.split("val")))
+    drawn = [(take_percent_finetuning(whole, options.percent_data, setting["seed"]), whole.split("val"))
+             for setting, whole in zip(settings, folds_of(manifest, settings, options.folds), strict=True)]
     for _, val in drawn:
         monitor_of(val, options)
     if not options.disable_eval_during_finetuning and not all(len(val) for _, val in drawn):

@@ -16,10 +16,9 @@ from furnace.data.joint_transforms import build_joint_transform, recipe_normalis
 from furnace.data.samplers import TrainSampler
 from furnace.data.segmentation import SegmentationManifest
 from furnace.data.segmentation_datasets import SegmentationBatch, build_segmentation_loader
-from furnace.data.splits import make_folds, take_percent
+from furnace.data.splits import take_percent
 from furnace.engine_for_segmentation import make_evaluate, make_step
 from furnace.evaluation.lesion_masks import Masking
-from furnace.models import OptionError
 from furnace.models.segmentation_files import segmenter_meta
 from furnace.models.segmenter import SegmentationModel, create_segmenter
 from furnace.runtime import distributed
@@ -27,11 +26,9 @@ from furnace.runtime.batch_plan import BatchPlan, plan_batches
 from furnace.runtime.files import UserError
 from furnace.runtime.precision import pick_device
 from furnace.runtime.run_directory import RunDirectory
-from furnace.training import Trained, TrainingOptions, prepare_model, train
+from furnace.training import Trained, TrainingOptions, folds_of, prepare_model, train, with_drop_path
 
 logger = logging.getLogger(__name__)
-
-DROP_PATH = 0.1  # of the default recipe, for architectures that have it
 
 # What a recipe means for each option; what the command line says wins. Published: PanDerm's run.sh, where one image of
 # each of two GPUs makes a batch of 2, and DermINO's downstream evaluation.
@@ -88,14 +85,7 @@ def build_model(options: SegmentationOptions, seed: int) -> SegmentationModel:
         create_segmenter, options.model, options.pretrained, head=options.head, input_size=options.size,
         taps=options.taps, channels=options.channels, pool_scales=options.pool_scales, dropout=dropout,
         pyramid=options.pyramid, seed=seed)
-    if options.drop_path is not None:
-        return build(drop_path=options.drop_path)
-    try:
-        return build(drop_path=DROP_PATH)
-    except OptionError as error:
-        if error.option != "drop_path_rate":
-            raise
-        return build()
+    return with_drop_path(build, options.drop_path)
 
 
 def draw_data(manifest: SegmentationManifest, settings: list[dict[str, Any]], options: SegmentationOptions
@@ -105,20 +95,15 @@ def draw_data(manifest: SegmentationManifest, settings: list[dict[str, Any]], op
     Raises:
         UserError: a share without images, or too few lesions (patients, images) for the folds.
     """
-    folds: dict[int, list[SegmentationManifest]] = {}
     drawn = []
-    for setting in settings:
-        seed, whole = setting["seed"], manifest
-        if options.kfold:
-            folds[seed] = folds.get(seed) or make_folds(manifest, options.kfold, seed)
-            whole = folds[seed][setting["fold"]]
+    for setting, whole in zip(settings, folds_of(manifest, settings, options.kfold), strict=True):
         train_images = whole.split("train")
         if options.percent < 100:
             number = int(options.percent * len(train_images) / 100)  # as published; n * 0.29 is below 29 of 100
             if number < 1:
                 raise UserError(f"--percent {options.percent:g} of {len(train_images)} train images is no image: take "
                                 "more (it counts in hundredths: 10 is a tenth)")
-            train_images = take_percent(train_images, 1.0, seed=seed).take(range(number))
+            train_images = take_percent(train_images, 1.0, seed=setting["seed"]).take(range(number))
         drawn.append((train_images, whole.split("val")))
     if not all(len(val) for _, val in drawn):
         logger.warning("there are no val images: the last epoch's model is taken")

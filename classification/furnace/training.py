@@ -18,6 +18,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from furnace.data.manifest import Manifest
+from furnace.data.splits import make_folds
+from furnace.models import OptionError
 from furnace.models.tuning import merged_state, no_weight_decay, set_tuning
 from furnace.runtime import distributed
 from furnace.runtime.batch_plan import BatchPlan
@@ -30,6 +33,8 @@ from furnace.runtime.train_state import TrainState
 from furnace.runtime.trainer import FitOptions, fit, train_mode
 
 logger = logging.getLogger(__name__)
+
+DROP_PATH = 0.1  # the published default of fine-tuning, for architectures that have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,26 @@ class Trained:
 def settings_of(seeds: list[int], folds: int) -> list[dict[str, Any]]:
     """A dictionary per run: the seed, and the fold where there are folds."""
     return [{"seed": seed, **({"fold": fold} if folds else {})} for seed in seeds for fold in range(max(1, folds))]
+
+
+def folds_of(manifest: Manifest, settings: list[dict[str, Any]], folds: int) -> list[Manifest]:
+    """The whole data set of each of ``settings_of``, its train and val as the fold has them (0 folds: as they are)."""
+    if not folds:
+        return [manifest] * len(settings)
+    made = {seed: make_folds(manifest, folds, seed) for seed in {setting["seed"] for setting in settings}}
+    return [made[setting["seed"]][setting["fold"]] for setting in settings]
+
+
+def with_drop_path(build: Callable[..., nn.Module], asked: float | None) -> Any:
+    """The model that ``build(drop_path=...)`` makes; where nothing was asked for, DROP_PATH if it can have any."""
+    if asked is not None:
+        return build(drop_path=asked)
+    try:
+        return build(drop_path=DROP_PATH)
+    except OptionError as error:
+        if error.option != "drop_path_rate":
+            raise
+        return build()
 
 
 def settle_precision(options: TrainingOptions, run: RunDirectory, model: nn.Module,
