@@ -9,9 +9,9 @@ from helpers import ROOT
 
 FURNACE = ROOT / "classification" / "furnace"
 FLOOR = {"runtime": 0, "data": 1, "models": 1, "evaluation": 2, "engine_for": 3, "training": 4, "finetuning": 5,
-         "finetuning_results": 5, "segmentation": 5, "segmentation_results": 5, "federated": 6, "command_line": 7,
-         "published": 7, "arguments": 8, "training_arguments": 9, "finetuning_arguments": 10,
-         "segmentation_arguments": 10}
+         "finetuning_results": 5, "segmentation": 5, "segmentation_results": 5, "pretraining_options": 5,
+         "pretraining": 6, "pretraining_results": 7, "federated": 6, "command_line": 7, "published": 7, "arguments": 8,
+         "training_arguments": 9, "finetuning_arguments": 10, "segmentation_arguments": 10, "pretraining_arguments": 10}
 SCRIPTS = {path.stem for path in (ROOT / "classification").glob("*.py")}
 MODULES = sorted(FURNACE.rglob("*.py"))
 

@@ -88,12 +88,14 @@ class Trained:
         history: log.txt's entries.
         plan: how the images were cut into updates.
         parameters: how many numbers were trained.
+        updates: how often.
     """
 
     best: dict[str, Any]
     history: list[dict[str, Any]]
     plan: BatchPlan
     parameters: int
+    updates: int
 
 
 def settings_of(seeds: list[int], folds: int) -> list[dict[str, Any]]:
@@ -121,12 +123,12 @@ def with_drop_path(build: Callable[..., nn.Module], asked: float | None) -> Any:
         return build()
 
 
-def settle_precision(options: TrainingOptions, run: RunDirectory, model: nn.Module,
+def settle_precision(options: Any, run: RunDirectory, model: nn.Module,
                      input_size: int | tuple[int, int]) -> Any:
     """Resolve ``--amp_dtype auto`` once; an unfinished run keeps what it had settled on.
 
     Args:
-        options: as they were asked for.
+        options: a dataclass with ``amp_dtype`` and ``device``, as they were asked for.
         run: the run's directory.
         model: moved to the device, in eval mode.
         input_size: side, or (height, width), of its images in pixels.
@@ -202,7 +204,7 @@ def train(run: RunDirectory, model: nn.Module, plan: BatchPlan, *, step: Callabl
         monitor=monitor, lower_is_better=monitor == "loss", early_stop=options.early_stop, save=options.save_ckpt,
         save_every_steps=options.save_every_steps, keep_every_epochs=options.save_ckpt_freq, compile=options.compile,
         meta=meta, export=merged_state, track=track, resume=options.resume))
-    return Trained(best, state.history, plan, parameters)
+    return Trained(best, state.history, plan, parameters, state.update)
 
 
 def share_statistics(model: nn.Module, device: torch.device) -> None:

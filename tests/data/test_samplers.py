@@ -123,6 +123,59 @@ def test_processes_share_the_draws(monkeypatch, world_size: int, update: int, we
         assert together == set(alone[12 * number:12 * number + 12])
 
 
+# ---------------------------------------------------------------------------------------------------------- endless
+
+def endless(images: int, plan: BatchPlan = PLAN, seed: int = 0) -> TrainSampler:
+    return TrainSampler(images, plan=plan, seed=seed, endless=True)
+
+
+@pytest.mark.parametrize("images", [1, 5, 10, 24, 50, 240])
+def test_an_endless_sampler_goes_through_whole_passes(images: int) -> None:
+    """Epochs of 24 draws, whatever the number of images; each pass has every image once, in another order."""
+    draws = [draw for epoch in range(10) for draw in drawn(endless(images), epoch)]
+    assert [draw.epoch for draw in draws] == [epoch for epoch in range(10) for _ in range(24)]
+    assert [draw.position for draw in draws] == list(range(24)) * 10
+    indices = [draw.index for draw in draws]
+    passes = [indices[start:start + images] for start in range(0, 240, images)]
+    assert all(sorted(order) == list(range(images)) for order in passes if len(order) == images)
+    assert all(len(set(order)) == len(order) for order in passes)
+    if images >= 10:
+        assert len({tuple(order) for order in passes}) == len(passes) and passes[0] != sorted(passes[0])
+
+
+def test_an_endless_order_is_its_own() -> None:
+    """Seeds differ; the plan's cut does not matter, nor what was drawn before."""
+    halved = BatchPlan(micro=1, accumulation=6, world_size=1, steps_per_epoch=4)
+    expected = endless(10).epoch_indices(3)
+    np.testing.assert_array_equal(endless(10, halved).epoch_indices(3), expected)
+    assert (endless(10, seed=1).epoch_indices(3) != expected).any()
+    sampler = endless(10)
+    drawn(sampler, 7), drawn(sampler, 0)
+    assert [draw.index for draw in drawn(sampler, 3)] == expected.tolist()
+
+
+@pytest.mark.parametrize("update", [0, 1, 3, 4])
+def test_an_endless_sampler_resumes_with_the_tail(update: int) -> None:
+    whole, fresh = drawn(endless(10), 2), endless(10)
+    assert drawn(fresh, 2, update) == whole[6 * update:] and len(fresh) == 24 - 6 * update
+
+
+@pytest.mark.parametrize("update", [0, 2])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_endless_draws(monkeypatch, world_size: int, update: int) -> None:
+    alone, = of_ranks(monkeypatch, 1, update, endless=True)
+    shares = of_ranks(monkeypatch, world_size, update, endless=True)
+    assert len(alone) == 48 - 12 * update and {len(share) for share in shares} == {len(alone) // world_size}
+    assert sorted((draw for share in shares for draw in share), key=lambda draw: draw.position) == alone
+
+
+@pytest.mark.parametrize(("images", "more", "words"), [
+    (0, {}, "endless sampler of 0 images"), (24, {"weights": torch.ones(24)}, "sampler of 24 images with weights")])
+def test_an_endless_sampler_that_cannot_be(images: int, more: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainSampler(images, plan=PLAN, seed=0, endless=True, **more)
+
+
 def test_sizes_that_do_not_fit_are_bugs() -> None:
     with pytest.raises(ValueError, match="24 draws is more than 23 images"):
         TrainSampler(23, plan=PLAN, seed=0)

@@ -2,11 +2,20 @@
 
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
 
-from furnace.models.loading import LoadRules, asked_rules, best_prefix, describe_state, load_backbone, unwrap
+from furnace.models.loading import (
+    LoadRules,
+    asked_rules,
+    best_prefix,
+    describe_state,
+    load_backbone,
+    resample_abs_positions,
+    unwrap,
+)
 from furnace.models.panderm import PanDerm
 from furnace.runtime.files import CheckpointError, CheckpointFile
 
@@ -237,3 +246,56 @@ def test_learned_relative_tables_need_a_place() -> None:
     with pytest.raises(CheckpointError, match="learned relative positions in 1 blocks"):
         load(tiny(), state)
     assert len(load(tiny(), state, asked=asked_rules({"use_rel_pos_bias": False})).unexpected) == 1
+
+
+def cubic(x: float) -> float:
+    """Keys' kernel with a = -0.75, the one of PyTorch's bicubic resizing."""
+    a, x = -0.75, abs(x)
+    if x <= 1:
+        return (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1
+    return a * x ** 3 - 5 * a * x ** 2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def bicubic(old: int, new: int, offset: float) -> np.ndarray:
+    """(new, old): the weights of one axis; places beyond the border are the border's."""
+    weights = np.zeros((new, old))
+    for i in range(new):
+        place = (i + 0.5) * old / (new + offset) - 0.5
+        for j in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            weights[i, min(max(j, 0), old - 1)] += cubic(place - j)
+    return weights
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("old,new", [((16, 16), (7, 7)), ((37, 37), (16, 16)), ((7, 7), (16, 16)), ((4, 6), (5, 3))])
+def test_resampled_positions_are_bicubic(old: tuple, new: tuple, offset: float) -> None:
+    """Against a kernel written here: DINOv2's local crops (16 to 7) and its 518-pixel file (37 to 16), both offsets."""
+    rng = np.random.default_rng(5)
+    table = rng.normal(size=(1, 2 + old[0] * old[1], 3)).astype(np.float32)
+    out = resample_abs_positions(torch.from_numpy(table), new, 2, old, offset=offset).numpy()
+    rows, columns = (bicubic(o, n, offset) for o, n in zip(old, new, strict=True))
+    want = np.einsum("ir,jc,rcd->ijd", rows, columns, table[0, 2:].reshape(*old, 3).astype(float))
+    np.testing.assert_allclose(out[0, 2:].reshape(*new, 3), want, atol=2e-5)
+    assert (out[:, :2] == table[:, :2]).all()
+    if offset:
+        plain = resample_abs_positions(torch.from_numpy(table), new, 2, old).numpy()
+        assert np.abs(plain - out).max() > 0.01, "the offset matters"
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positions_of_the_wanted_grid_stay(offset: float, dtype: torch.dtype) -> None:
+    """Bit for bit, whatever the offset; the gradient passes."""
+    table = torch.randn(1, 1 + 12, 8).to(dtype).requires_grad_()
+    out = resample_abs_positions(table, (3, 4), 1, (3, 4), offset=offset)
+    assert torch.equal(out, table) and out.dtype == dtype
+    moved = resample_abs_positions(table, (2, 2), 1, (3, 4), offset=offset)
+    assert moved.shape == (1, 5, 8) and moved.dtype == dtype
+    moved.sum().backward()
+    assert table.grad.abs().sum() > 0
+
+
+def test_an_offset_that_makes_another_grid() -> None:
+    """It is a part of a place, not whole places."""
+    with pytest.raises(ValueError, match=r"an offset of 1.5 makes a grid of \(8, 8\), not \(7, 7\)"):
+        resample_abs_positions(torch.randn(1, 1 + 256, 4), (7, 7), 1, offset=1.5)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from furnace import create_backbone, list_backbones
-from furnace.models import build_architecture
+from furnace.models import build_architecture, entry_of
+from furnace.models.exported import export_backbone
 from furnace.runtime.files import UserError, sha256_file
 from helpers import golden_state
 
@@ -136,7 +137,7 @@ def test_hub_model_of_transformers_is_refused_with_a_way(tmp_path, hub) -> None:
 
 
 REFUSALS = {
-    "unknown name": (("PanDerm_Huge", None), "is unknown: use PanDerm_Base_LP"),
+    "unknown name": (("PanDerm_Huge", None), "is unknown: use PanDerm_Base_LP.*or a folder with config.json"),
     "dash for underscore": (("PanDerm-Base-LP", None), "did you mean PanDerm_Base_LP"),
     "timm name without timm:": (("resnet18", None), "did you mean timm:resnet18"),
     "unknown timm name": (("timm:resnet51", None), "has no model 'resnet51'"),
@@ -146,6 +147,8 @@ REFUSALS = {
     "hub without network": (("timm:resnet18.a1_in1k", None), "could not be downloaded.*--pretrained_checkpoint"),
     "hub model without network": (("hf-hub:owner/none", None), "cannot read its config.json"),
     "hub file without network": (("timm:resnet18", "hf-hub:owner/none"), "cannot fetch model.safetensors"),
+    "hub name without hf-hub:": (("owner/name", None), "there is no such folder.*hf-hub:OWNER/NAME"),
+    "folder that is not there": (("local-dir:nowhere", None), "there is no such folder"),
     "unsuitable size": (("timm:vit_tiny_patch16_224", "random", {"input_size": 200}), "does not suit"),
 }
 
@@ -235,3 +238,51 @@ def test_published_model_key_and_prefix(tmp_path) -> None:
     second = create_backbone("timm:resnet18", path, model_keys=("average", "model"))
     assert torch.equal(first.conv1.weight, one["conv1.weight"])
     assert torch.equal(second.conv1.weight, two["conv1.weight"])
+
+
+def export_small(folder: Path, size: int = 64) -> torch.nn.Module:
+    """A folder with a ViT of width 48 and depth 1."""
+    model = create_backbone("timm:vit_tiny_patch16_224", "random", input_size=size, seed=9,
+                            options={"depth": 1, "embed_dim": 48, "num_heads": 2})
+    export_backbone(folder, model, input_size=size, data_config=model.provenance.data_config, about={})
+    return model
+
+
+def test_a_folder_is_a_name(tmp_path, monkeypatch) -> None:
+    """Its own weights, under every spelling; a registered name wins over a folder that is called so."""
+    model = export_small(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "demo"), "local-dir:demo", " ./demo ", "demo/model.safetensors"):
+        backbone = create_backbone(name, input_size=64)
+        assert torch.equal(backbone.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+        assert backbone.provenance.weights == "file" and backbone.provenance.name == name.strip()
+        assert backbone.provenance.sha256 == sha256_file(tmp_path / "demo" / "model.safetensors")
+    assert entry_of("demo").architecture == "tf_efficientnet_lite0" and entry_of("demo").exported is None
+
+
+def test_recipe_of_a_folder_needs_no_folder(tmp_path) -> None:
+    """A fine-tuned file builds its network after the folder is gone."""
+    model = export_small(tmp_path / "teacher")
+    recipe = create_backbone(str(tmp_path / "teacher"), input_size=64).recipe
+    shutil.rmtree(tmp_path / "teacher")
+    again = build_architecture(recipe["architecture"], recipe["arguments"], num_classes=0)
+    again.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("name,size", [("DermINO_Base", 224), ("timm:vit_small_patch14_dinov2.lvd142m", 518),
+                                       ("hf-hub:owner/name", 224)])
+def test_size_that_a_name_was_trained_at(name: str, size: int) -> None:
+    """Without reading weights or a hub."""
+    assert entry_of(name).size == size
+
+
+def test_size_that_a_folder_was_trained_at(tmp_path) -> None:
+    """The folder's, not the architecture's; it is named where another does not suit."""
+    export_small(tmp_path, size=96)
+    assert entry_of(str(tmp_path)).size == 96
+    model = create_backbone("timm:resnet18", "random", input_size=128)
+    export_backbone(tmp_path / "b", model, input_size=128, data_config=model.provenance.data_config, about={})
+    with pytest.raises(UserError, match="--input_size 0 does not suit .*; its own is 128"):
+        create_backbone(str(tmp_path / "b"), input_size=0)
+    with pytest.raises(UserError, match="--input_size 100 does not suit"):
+        create_backbone(str(tmp_path), input_size=100)

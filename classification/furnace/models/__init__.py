@@ -1,8 +1,8 @@
 """The registry: every backbone by its name, with its weights, ready for evaluation.
 
 Names: ``PanDerm_Base_LP`` and the other registered ones, ``timm:NAME`` (any timm model), ``hf-hub:OWNER/NAME`` (a timm
-model on the Hugging Face hub), ``demo``, and the comparators of the published evaluation. ``list_backbones()`` lists
-what has a name here.
+model on the Hugging Face hub), a folder with config.json and model.safetensors (``models.exported``), ``demo``, and the
+comparators of the published evaluation. ``list_backbones()`` lists what has a name here.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from furnace.models import dermino, panderm
+from furnace.models.exported import BUILD_ERRORS, CONFIG, Exported, find_exported, read_exported
 from furnace.models.loading import WRAPPERS, LoadReport, asked_rules, load_backbone, load_state
 from furnace.runtime.files import CheckpointError, UserError, read_checkpoint
 
@@ -50,12 +51,22 @@ class Entry:
         download: True when timm can fetch weights for it.
         evaluation: fields of timm's data config that replace the model's own.
         hint: where its weights come from, when they are in no hub.
+        exported: what the folder says, when the name is one.
     """
 
     architecture: str
     download: bool = False
     evaluation: dict[str, Any] = field(default_factory=dict)
     hint: str = ""
+    exported: Exported | None = None
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the square images that its tensors are for (of an unread hub model, 224)."""
+        if self.exported:
+            return self.exported.size
+        return 224 if self.architecture.startswith("hf-hub:") else \
+            timm.get_pretrained_cfg(self.architecture).input_size[-1]
 
 
 DRIVE = "its weights are on Google Drive only (pretrain_weight/README.md has the link)"
@@ -111,7 +122,7 @@ def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_si
     Args:
         name: see the module's docstring.
         checkpoint: a local file or ``hf-hub:owner/name[:file]``; None takes the weights that belong to the name
-            (timm's, the hub's, the demo package's); ``"random"`` leaves it untrained, for a baseline.
+            (timm's, the hub's, the folder's, the demo package's); ``"random"`` leaves it untrained, for a baseline.
         input_size: side of the square images in pixels; position tables are resampled to it.
         seed: of the random weights.
         options: further arguments of timm's constructor (drop_path_rate, global_pool, ...).
@@ -138,9 +149,9 @@ def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_si
         model = _build(entry, input_size, seed=seed, options=options)
         weights, file, report = "random", f"seed {seed}", LoadReport(matched=())
         digest = hash_state(model)
-    elif checkpoint:
+    elif source := checkpoint or (entry.exported and entry.exported.weights):
         model = _build(entry, input_size, options=options)
-        read = read_checkpoint(checkpoint)
+        read = read_checkpoint(source)
         weights, file, digest = "file", str(read.path), read.sha256
         report = load_backbone(model, read, name, asked=asked, wrappers=wrappers, prefix=prefix)
     elif name == "demo":
@@ -155,7 +166,7 @@ def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_si
         raise CheckpointError(f"--model {name} needs --pretrained_checkpoint FILE: "
                               f"{entry.hint or 'timm has no weights for it'}. "
                               f"For an untrained baseline pass --pretrained_checkpoint {RANDOM}")
-    _check_forward(model, name, input_size)
+    _check_forward(model, name, input_size, own=entry.exported and entry.exported.size)
     model.provenance = Provenance(name=name, weights=weights, file=file, sha256=digest, report=report,
                                   data_config=data_config_of(model, entry, input_size))
     logger.info("backbone %s (%s): %s", name, file, report.summary() if report.matched else "untrained, random weights")
@@ -163,7 +174,11 @@ def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_si
 
 
 def entry_of(name: str) -> Entry:
-    """Look a name up; ``timm:`` and ``hf-hub:`` names get an entry made for them."""
+    """Look a name up; ``timm:`` and ``hf-hub:`` names and folders get an entry made for them.
+
+    Raises:
+        UserError: unknown, or a folder that cannot be read.
+    """
     if name in ENTRIES:
         return ENTRIES[name]
     if name.startswith("hf-hub:"):
@@ -175,19 +190,32 @@ def entry_of(name: str) -> Entry:
         similar = timm.list_models(f"*{architecture.split('.')[0]}*")[:5]
         raise UserError(f"--model {name}: timm {timm.__version__} has no model {architecture!r}"
                         + (f"; similar: {', '.join(similar)}" if similar else ""))
+    if path := find_exported(name):
+        found = read_exported(path)
+        return Entry(found.architecture, evaluation=found.evaluation, exported=found,
+                     hint=f"{found.folder} has {CONFIG} but no model.safetensors")
     hint = f"; did you mean timm:{name}?" if timm.is_model(name) else ""
     close = [known for known in ENTRIES if known.lower().replace("-", "_") == name.lower().replace("-", "_")]
     hint = f"; did you mean {close[0]}?" if close else hint
-    raise UserError(f"--model {name!r} is unknown: use {', '.join(ENTRIES)}, timm:NAME or hf-hub:OWNER/NAME{hint}")
+    raise UserError(f"--model {name!r} is unknown: use {', '.join(ENTRIES)}, timm:NAME, hf-hub:OWNER/NAME or a "
+                    f"folder with {CONFIG}{hint}")
 
 
 def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: bool = False,
            options: dict[str, Any] | None = None) -> nn.Module:
     """An architecture without a head; transformers with a fixed grid are built for ``input_size``."""
     architecture, arguments = entry.architecture, dict(options or {})
-    if _takes_image_size(architecture) and input_size is not None:
-        arguments = {"img_size": input_size, **arguments}
-    model = build_architecture(architecture, arguments, seed=seed, pretrained=pretrained)
+    stored = entry.exported.arguments if entry.exported else {}
+    if ("img_size" in stored or _takes_image_size(architecture)) and input_size is not None:
+        stored = {**stored, "img_size": input_size}
+    arguments = {**stored, **arguments}
+    try:
+        model = build_architecture(architecture, arguments, seed=seed, pretrained=pretrained)
+    except (OptionError, *BUILD_ERRORS) as error:
+        if entry.exported is None or getattr(error, "option", None) in (options or {}):
+            raise
+        raise UserError(f"{entry.exported.folder / CONFIG}: timm {timm.__version__} cannot build {architecture} with "
+                        f"its model_args ({error}): take the version of timm that made the folder") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     sides = timm.layers.to_2tuple(patch) if patch is not None and "img_size" in arguments else ()
     if any(input_size % side for side in sides):
@@ -230,7 +258,7 @@ def build_architecture(architecture: str, arguments: Mapping[str, Any], *, num_c
 
 
 @torch.no_grad()
-def _check_forward(model: nn.Module, name: str, input_size: int) -> None:
+def _check_forward(model: nn.Module, name: str, input_size: int, *, own: int | None = None) -> None:
     """One black image through the model: the size suits it, and ``num_features`` is the width of what comes out.
 
     timm's own attribute is the width before some models' last layers.
@@ -238,7 +266,7 @@ def _check_forward(model: nn.Module, name: str, input_size: int) -> None:
     try:
         features = model(torch.zeros(1, 3, input_size, input_size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        own = timm.data.resolve_model_data_config(model)["input_size"][-1]
+        own = own or timm.data.resolve_model_data_config(model)["input_size"][-1]
         raise UserError(f"--input_size {input_size} does not suit {name} ({error}); its own is {own}") from error
     if features.ndim != 2:
         raise UserError(f"--model {name} gives features of shape {tuple(features.shape)}, not (images, features): "

@@ -286,22 +286,34 @@ def resample_positions(state: State, model: nn.Module, target: State, *, grid: t
 
 
 def resample_abs_positions(table: torch.Tensor, grid: tuple[int, int], prefix: int,
-                           old: tuple[int, int] | None = None) -> torch.Tensor:
-    """Resize a table of absolute positions.
+                           old: tuple[int, int] | None = None, *, offset: float = 0.0) -> torch.Tensor:
+    """Resize a table of absolute positions; one that has the wanted grid stays as it is.
 
     Args:
         table: (1, prefix + rows * columns, D).
         grid: rows and columns wanted.
         prefix: leading tokens without a place in the grid, kept as they are.
         old: rows and columns of the table; None: it is of a square.
+        offset: place i of n reads the table of m at (i + 0.5) * m / (n + offset) - 0.5. DINOv2 resizes with 0.1 for
+            crops of another size while it trains; 0 has the borders of both grids coincide.
 
     Returns:
         (1, prefix + grid[0] * grid[1], D) in the table's dtype.
+
+    Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2024 (bicubic, a = -0.75, no
+    antialiasing).
     """
     first, patches = table[:, :prefix], table[:, prefix:]
     side, dim = math.isqrt(patches.shape[1]), patches.shape[2]
-    places = patches.float().reshape(1, *(old or (side, side)), dim).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, h, w)
-    resized = F.interpolate(places, size=grid, mode="bicubic", antialias=False, align_corners=False)
+    old = tuple(old or (side, side))
+    if old == tuple(grid):
+        return table
+    places = patches.float().reshape(1, *old, dim).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, h, w)
+    how = {"scale_factor": [(new + offset) / was for new, was in zip(grid, old, strict=True)]} if offset else \
+        {"size": tuple(grid)}
+    resized = F.interpolate(places, mode="bicubic", antialias=False, align_corners=False, **how)
+    if resized.shape[2:] != torch.Size(grid):
+        raise ValueError(f"an offset of {offset} makes a grid of {tuple(resized.shape[2:])}, not {tuple(grid)}")
     return torch.cat([first, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # -> (1, prefix + N', D)
 
 

@@ -25,6 +25,7 @@ class FitOptions:
         save: write checkpoints; without them nothing can be resumed, and the best model is in memory only.
         save_every_steps: updates between two checkpoints within an epoch; 0 for none.
         keep_every_epochs: keep checkpoint-<epoch>.pth every so many epochs; 0 keeps none.
+        max_updates: pause after this update of the whole training, its schedules unchanged; 0 goes to the end.
         compile: run the model through torch.compile.
         meta: plain values that go into checkpoint-best.pth, so that the file explains itself.
         export: the state dict for checkpoint-best.pth from a model.
@@ -43,6 +44,7 @@ class FitOptions:
     save: bool = True
     save_every_steps: int = 0
     keep_every_epochs: int = 0
+    max_updates: int = 0
     compile: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
     export: Callable[[nn.Module], dict[str, torch.Tensor]] = nn.Module.state_dict

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ENV, ARGS, LOG, RESULTS = "env.json", "args.yaml", "log.txt", "results.json"
 RUN_FILES = (ENV, ARGS, LOG, RESULTS, "val.csv", "test.csv", "external.csv", "table.csv", "summary.csv",
-             "probe.safetensors", "probe.json", "plots", "masks", "overlays")
+             "probe.safetensors", "probe.json", "plots", "masks", "overlays", "prototypes.safetensors", "teacher")
 ONCE = ("config", "overwrite", "no_auto_resume")  # said for one start of a run, not part of it
 PATIENCE = 8.0  # seconds; loader workers of a killed process hold its lock until they look for it, every 5 s
 PREVIOUS = "previous"  # where --overwrite moves the files of the run before

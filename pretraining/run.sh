@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Hybrid pretraining with a configuration of this folder. Edit, or set:
+#   CONFIG=... DATA_CSV=... OUTPUT_DIR=... bash run.sh [options]
+# With several GPUs: LAUNCH="torchrun --nproc_per_node 8" CONFIG=configs/dermino_base.yaml bash run.sh
+set -euo pipefail
+cd -P "$(dirname "$0")/.."
+. script/common.sh
+
+config="${CONFIG:-configs/demo_cpu.yaml}"
+[ -f "$config" ] || config="pretraining/$config"
+
+if [ -z "${DATA_CSV:-}" ] && [ ! -f demo_data/demo.csv ]; then
+  echo "no DATA_CSV given: drawing the demo data set into demo_data/" >&2
+  "$(pick_python)" -m furnace.data.synthetic --output_dir demo_data
+fi
+
+${LAUNCH:-$(pick_python)} pretraining/run.py -c "$config" \
+  --data_csv "${DATA_CSV:-demo_data/demo.csv}" \
+  --output_dir "${OUTPUT_DIR:-$OUT/pretraining/$(basename "$config" .yaml)}" \
+  "$@"
