@@ -8,8 +8,8 @@ Jobs: ``start_S`` (untrained), ``ss_S`` (self-supervised: the labels' weight is 
 and of seed 0 ``shuffled`` (labels exchanged at random among the labelled images) and ``orthogonal`` (orthonormal
 prototypes instead of the names' text vectors). Each pretrains by ``pretraining/configs/ham_cpu.yaml``; its teacher is
 evaluated by ``linear_eval.py`` and ``knn_eval.py`` at the crops' size: fitted on train, tested on the official test
-images. Finished parts are not done again, so that jobs can be shared out between processes and sittings; the comparison
-is of what is finished.
+images. Finished parts are not done again, so that jobs can be shared out between processes and sittings. Predictions of
+finished jobs are kept in ``--predictions``, a column each; the comparison is of all that stand there.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GROUPS = {"start": [f"start_{s}" for s in SEEDS], "ss": [f"ss_{s}" for s in SEED
           "hybrid": [f"hybrid_{s}" for s in SEEDS], "shuffled": ["shuffled_0"], "orthogonal": ["orthogonal_0"]}
 JOBS = [job for s in SEEDS for job in (f"start_{s}", f"ss_{s}", f"hybrid_{s}")]
 JOBS = [*JOBS[:3], "shuffled_0", "orthogonal_0", *JOBS[3:]]
-SIZE = "98"
+SIZE = "70"
 RESAMPLES = 2000
 
 
@@ -80,27 +80,34 @@ def evaluate(job: str, teacher: Path, data: Path, output: Path, threads: int) ->
                "--output_dir", str(output / "evaluations" / job / folder), threads=threads)
 
 
-def predictions(job: str, output: Path, how: str) -> pd.DataFrame | None:
-    """The test images' predictions, None where they are not there yet."""
-    found = sorted((output / "evaluations" / job / how).glob("*/*/test.csv"))
-    return pd.read_csv(found[0]) if found else None
+def collect(output: Path, file: Path) -> None:
+    """Add the predicted classes of finished jobs to the table: filename, true_label, "probe ss_0", ..."""
+    table = pd.read_csv(file) if file.exists() else None
+    for job in JOBS:
+        for how in ("probe", "knn"):
+            for found in sorted((output / "evaluations" / job / how).glob("*/*/test.csv"))[:1]:
+                one = pd.read_csv(found)
+                table = one[["filename", "true_label"]].copy() if table is None else table
+                if list(table["filename"]) != list(one["filename"]):
+                    raise SystemExit(f"{found} and {file} are not of the same test images")
+                table[f"{how} {job}"] = one["predicted_label"]
+    if table is not None:
+        table.to_csv(file, index=False)
 
 
-def compare(output: Path) -> str:
+def compare(file: Path) -> str:
     """A line per group: mean over its seeds, SD, interval, and paired differences of the groups' means."""
-    lines = []
+    table, lines = pd.read_csv(file), []
+    labels = table["true_label"].to_numpy()
     for how in ("probe", "knn"):
-        right, labels = {}, None
+        right = {}
         for group, jobs in GROUPS.items():
-            tables = [table for job in jobs if (table := predictions(job, output, how)) is not None]
-            if tables:
-                labels = tables[0]["true_label"].to_numpy()
-                right[group] = np.stack([(t["predicted_label"] == t["true_label"]).to_numpy(float) for t in tables])
-        if labels is None:
-            continue
+            columns = [f"{how} {job}" for job in jobs if f"{how} {job}" in table]
+            if columns:
+                right[group] = (table[columns].to_numpy().T == labels).astype(float)  # (seeds, N)
         draws = np.random.default_rng(0).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), RESAMPLES)
 
-        def bacc(rows: np.ndarray, weights: np.ndarray, labels: np.ndarray = labels) -> np.ndarray:
+        def bacc(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
             """(S, N) right or not, (R, N) weights -> (R, S) balanced accuracy; NaN where a class has no weight."""
             recalls = [(weights[:, labels == k] @ rows[:, labels == k].T) / weights[:, labels == k].sum(1)[:, None]
                        for k in np.unique(labels)]
@@ -129,6 +136,8 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="HAM10000_224: metadata.csv and images/")
     parser.add_argument("--output_dir", type=Path, required=True, help="everything goes there")
+    parser.add_argument("--predictions", type=Path, default=ROOT / "benchmarks" / "pretraining_evidence.csv",
+                        help="table of the test images' predicted classes; finished jobs are added")
     parser.add_argument("--jobs", nargs="*", choices=JOBS, default=JOBS, help="in this order; none: only compare")
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of pretraining/run.py")
@@ -137,7 +146,8 @@ def main() -> None:
     for job in args.jobs:
         teacher = pretrain(job, args.data, args.output_dir, args.more, args.threads)
         evaluate(job, teacher, args.data, args.output_dir, args.threads)
-    print(compare(args.output_dir))
+    collect(args.output_dir, args.predictions)
+    print(compare(args.predictions))
 
 
 if __name__ == "__main__":

@@ -102,9 +102,9 @@ def build_backbone(options: PretrainingOptions) -> torch.nn.Module:
     backbone = create_backbone(options.model, options.pretrained_checkpoint, input_size=options.global_crops_size,
                                seed=options.seed, options=arguments)
     patch = patch_size_of(backbone)
-    for flag, side in (("--global_crops_size", options.global_crops_size),
-                       ("--local_crops_size", options.local_crops_size)):
-        if side % patch:
+    for flag, side, number in (("--global_crops_size", options.global_crops_size, 2),
+                               ("--local_crops_size", options.local_crops_size, options.local_crops_number)):
+        if side % patch and number:
             near = max(1, round(side / patch)) * patch
             raise UserError(f"{flag} {side} is no multiple of the patch size {patch}: take {near}")
     return backbone

@@ -175,6 +175,9 @@ def settle_options(args: argparse.Namespace) -> None:
         (not args.model, "--model is missing, e.g. timm:vit_small_patch16_224"),
         (args.eval_root is not None and args.eval_csv is None, "--eval_root is of --eval_csv: add it"),
         (not args.save_ckpt, "--no_save_ckpt is not for pretraining: a run that cannot be resumed is lost"),
+        *((0 < length >= args.epochs, f"--{name} {length:g} leaves nothing of --epochs {args.epochs}: take fewer, or "
+           "more --epochs") for name, length in
+          ((name, getattr(args, name)) for name in ("warmup_epochs", "label_warmup_epochs"))),
         *((low > high, f"--{name} {low:g} {high:g}: the first is the smaller one") for name, (low, high) in
           ((name, getattr(args, name)) for name in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"))),
         (args.prototypes not in LABEL_SOURCES and not args.prototypes.endswith((".npy", ".safetensors")),

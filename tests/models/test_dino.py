@@ -27,6 +27,12 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(scope="module")
+def published() -> DinoModel:
+    """ViT-B/14 with small heads."""
+    return create_dino(create_backbone("DermINO_Base", "random"), name="DermINO_Base", prototypes=8, hidden=8)
+
+
 # ----------------------------------------------------------------------------------------------------------- the heads
 
 def test_head_size() -> None:
@@ -57,9 +63,9 @@ def test_head_gives_cosines() -> None:
 
 # -------------------------------------------------------------------------------------------------------- the backbone
 
-def test_dermino_has_175_tensors() -> None:
+def test_dermino_has_175_tensors(published) -> None:
     """I23: 175 tensors of 85,725,696 numbers with the mask token; 98 px are 49 patches."""
-    model = create_dino(create_backbone("DermINO_Base", "random"), name="DermINO_Base", prototypes=8)
+    model = published
     core = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "mask_token"))}
     assert len(core) == 175 and sum(value.numel() for value in core.values()) == 85_725_696
     assert model.mask_token.shape == (1, 768) and (model.mask_token == 0).all()
@@ -183,7 +189,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("name, options, why", [
     ("demo", {}, "is a EfficientNet"), ("timm:vit_tiny_patch16_224", {"global_pool": "avg"}, "pools its patches"),
-    ("timm:vit_base_patch16_dinov3", {}, "is a Eva"), ("PanDerm_Base_FT", {}, "positions"),
+    ("timm:vit_small_patch16_dinov3", {"depth": 1}, "is a Eva"), ("PanDerm_Base_FT", {"depth": 1}, "positions"),
     ("timm:vit_small_patch16_224", {"class_token": False, "global_pool": "avg"}, "class token")])
 def test_other_networks_are_refused(name, options, why) -> None:
     checkpoint = None if name == "demo" else "random"
@@ -218,9 +224,9 @@ def test_ema_is_exact() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- groups
 
-def test_groups_of_vit_base() -> None:
+def test_groups_of_vit_base(published) -> None:
     """I17, for the 175 tensors of the published backbone."""
-    model = create_dino(create_backbone("DermINO_Base", "random"), name="DermINO_Base", prototypes=8)
+    model = published
     groups = parameter_groups(model, layer_decay=0.9)
     of = {name: group for group in groups for name in group["names"]}
     core = [name for name in of if name.startswith(("backbone.", "mask_token"))]

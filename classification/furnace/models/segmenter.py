@@ -212,7 +212,8 @@ def create_segmenter(name: str, checkpoint: str | Path | None = None, *, head: s
         UserError: see ``create_backbone`` and ``SegmentationModel``.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    side = size[0] if size[0] == size[1] else _own_side(name)  # the registry builds squares
+    # the registry builds squares; at a backbone's own size its positions are resampled once, not twice
+    side = size[0] if size[0] == size[1] else entry_of(name).size
     options = {"drop_path_rate": drop_path} if drop_path else {}
     try:
         backbone = create_backbone(name, checkpoint, input_size=side, seed=seed, options=options,
@@ -228,14 +229,6 @@ def create_segmenter(name: str, checkpoint: str | Path | None = None, *, head: s
                               channels=channels, pool_scales=pool_scales, dropout=dropout, pyramid=pyramid, seed=seed)
     model.provenance = provenance
     return resize_segmenter(model.eval(), size)
-
-
-def _own_side(name: str) -> int:
-    """The size that a backbone was pretrained at, so that its positions are resampled once, not twice."""
-    architecture = entry_of(name).architecture
-    if architecture.startswith("hf-hub:"):
-        return 224
-    return timm.get_pretrained_cfg(architecture).input_size[-1]
 
 
 def build_segmenter(recipe: dict[str, Any]) -> SegmentationModel:
