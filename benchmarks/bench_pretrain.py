@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = f"{workers} loader process{'es' * (workers != 1)}"
     rows = [
         ("loader alone, this process, images/s", spread(alone)),
-        (f"loader alone, {processes}, images/s", spread(parallel) if workers else "-"),
+        *([(f"loader alone, {processes}, images/s", spread(parallel))] if workers else []),
         (f"training with {processes}, images/s", spread([plan.per_update / s for s in updates])),
         ("seconds of an update", spread(updates)),
         ("of it waiting for batches", f"{100 * sum(waits) / sum(updates):.1f} %")]

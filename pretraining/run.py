@@ -25,15 +25,23 @@ except ModuleNotFoundError as missing:
           "\nin the repository's root", file=sys.stderr)
     sys.exit(2)
 
-from furnace.command_line import entry_point, parse
+from furnace.command_line import entry_point, own_option_names, parse
 from furnace.data.datasets import require_decodable
 from furnace.data.overlap import forbid_overlap
 from furnace.data.pretraining_data import PretrainingData, read_pretraining
 from furnace.evaluation.run import open_evaluation_run
 from furnace.models.dino import DinoModel
 from furnace.models.dino_files import export_teacher
-from furnace.pretraining import HeldOut, build_backbone, build_model, label_vectors, pretrain, read_held_out
-from furnace.pretraining_arguments import pretraining_parser, settle_options
+from furnace.pretraining import (
+    HeldOut,
+    build_backbone,
+    build_model,
+    keep_vectors,
+    label_vectors,
+    pretrain,
+    read_held_out,
+)
+from furnace.pretraining_arguments import HERE, pretraining_parser, settle_options
 from furnace.pretraining_options import PretrainingOptions, build_schedules, cut_batches
 from furnace.pretraining_results import Progress, results_of
 from furnace.runtime import distributed
@@ -53,6 +61,12 @@ NOT_IN_FINGERPRINT = {"data_csv", "ontology", "eval_csv", "eval_root", "forbid_o
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Pretrain; returns the exit code."""
+    with own_option_names(HERE):
+        return run(argv)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """``main``, whose messages may name options as other scripts call them."""
     args = parse(pretraining_parser(), argv)
     given = dict(vars(args))  # args.yaml says what was asked for
     settle_options(args)
@@ -61,18 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, held_out = distributed.on_main(functools.partial(read_data, args))
     backbone = build_backbone(options)
     build_schedules(options, cut_batches(len(data.manifest), options))  # its faults before any work
-    run = open_run_of(args, data, held_out, backbone)
-    results = distributed.on_main(run.read_results)
+    vectors = label_vectors(backbone, data, options, None if args.overwrite else args.output_dir)
+    directory = open_run_of(args, data, held_out, backbone)
+    results = distributed.on_main(directory.read_results)
     if results:
-        logger.info("this run is finished: its teacher is %s", run.path / "teacher")
+        logger.info("this run is finished: its teacher is %s", directory.path / "teacher")
         return 0
-    if not run.previous:  # a new run
+    if not directory.previous:  # a new run
         distributed.on_main(lambda: require_decodable(data.manifest))
-    options = distributed.on_main(functools.partial(settle_precision, options, run, backbone,
+    options = distributed.on_main(functools.partial(settle_precision, options, directory, backbone,
                                                     options.global_crops_size))
-    distributed.on_main(lambda: run.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype}))
-    model = build_model(backbone, label_vectors(backbone, data, options, run), options)
-    return train(args, options, run, model, data, held_out)
+    distributed.on_main(lambda: directory.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype}))
+    if vectors is not None:
+        distributed.on_main(lambda: keep_vectors(directory.path, vectors))
+    model = build_model(backbone, vectors, options)
+    return train(args, options, directory, model, data, held_out)
 
 
 def read_data(args: argparse.Namespace) -> tuple[PretrainingData, HeldOut]:

@@ -9,12 +9,13 @@ cd -P "$(dirname "$0")/.."
 config="${CONFIG:-configs/demo_cpu.yaml}"
 [ -f "$config" ] || config="pretraining/$config"
 
-if [ -z "${DATA_CSV:-}" ] && [ ! -f demo_data/demo.csv ]; then
-  echo "no DATA_CSV given: drawing the demo data set into demo_data/" >&2
-  "$(pick_python)" -m furnace.data.synthetic --output_dir demo_data
+demo=demo_data/synthetic_lesions.csv
+if [ -z "${DATA_CSV:-}" ] && [ ! -f "$demo" ]; then
+  echo "no DATA_CSV given: drawing the demo data set into demo_data" >&2
+  "$(pick_python)" -m furnace.data.synthetic demo_data
 fi
 
 ${LAUNCH:-$(pick_python)} pretraining/run.py -c "$config" \
-  --data_csv "${DATA_CSV:-demo_data/demo.csv}" \
+  --data_csv "${DATA_CSV:-$demo}" \
   --output_dir "${OUTPUT_DIR:-$OUT/pretraining/$(basename "$config" .yaml)}" \
   "$@"

@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
           "\nin the repository's root", file=sys.stderr)
     sys.exit(2)
 
-from furnace.command_line import entry_point, logger, parse
+from furnace.command_line import entry_point, logger, own_option_names, parse
 from furnace.data.datasets import require_decodable
 from furnace.data.segmentation import SegmentationManifest, read_segmentation
 from furnace.data.unlabelled import read_images
@@ -54,12 +54,7 @@ from furnace.segmentation import (
     draw_data,
     train_once,
 )
-from furnace.segmentation_arguments import (
-    PUBLISHED_PAIR,
-    own_option_names,
-    segmentation_parser,
-    settle_options,
-)
+from furnace.segmentation_arguments import HERE, PUBLISHED_PAIR, segmentation_parser, settle_options
 from furnace.segmentation_results import SHOWN, Testing, predict_photographs, score_splits, unseen
 from furnace.training import build_schedules, settings_of, settle_precision
 
@@ -78,7 +73,7 @@ TEST_OPTIONS = {"amp_dtype", "tta", "largest_component", "window", "overlap", "s
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test or predict; returns the exit code."""
-    with own_option_names():
+    with own_option_names(HERE):
         return run(argv)
 
 

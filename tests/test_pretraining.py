@@ -15,11 +15,10 @@ from furnace.data.images import load_rgb
 from furnace.data.pretraining_data import PretrainingData, read_pretraining
 from furnace.data.transforms import build_transform
 from furnace.models.prototypes import project, random_vectors, text_vectors
-from furnace.pretraining import build_backbone, build_model, label_vectors, patch_size_of, read_held_out
+from furnace.pretraining import build_backbone, build_model, keep_vectors, label_vectors, patch_size_of, read_held_out
 from furnace.pretraining_arguments import pretraining_parser, settle_options
 from furnace.pretraining_options import PretrainingOptions
 from furnace.runtime.files import UserError
-from furnace.runtime.run_directory import RunDirectory
 from helpers import draw_images, write_csv
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "tumour", "melanoma", "nevus", "acne"]
@@ -161,7 +160,10 @@ def test_model() -> None:
 def vectors_of(folder: Path, data: PretrainingData, *words: object, run: str = "run") -> torch.Tensor | None:
     (folder / run).mkdir(exist_ok=True)
     options = options_of(*words)
-    return label_vectors(build_backbone(options), data, options, RunDirectory(folder / run, {}, {}))
+    vectors = label_vectors(build_backbone(options), data, options, folder / run)
+    if vectors is not None:
+        keep_vectors(folder / run, vectors)
+    return vectors
 
 
 @pytest.fixture(scope="module")

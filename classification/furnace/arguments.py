@@ -154,8 +154,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which backbone with which weights."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, type=str.strip, help="PanDerm_Base_LP, PanDerm_Large_LP, "
-                       "DermINO_Base, dinov2, imgnet_large21k, SwAVDerm, demo, timm:NAME, hf-hub:OWNER/NAME, or the folder "
-                       "of an exported teacher (pretraining/run.py)")
+                       "DermINO_Base, dinov2, imgnet_large21k, SwAVDerm, demo, timm:NAME, hf-hub:OWNER/NAME, or the "
+                       "folder of an exported teacher (pretraining/run.py)")
     group.add_argument("--pretrained_checkpoint", type=str.strip, default=None,
                        help="checkpoint file (.pth, .safetensors), hf-hub:OWNER/NAME, or 'random' for an untrained "
                             "baseline; left out, the weights that belong to the model's name")

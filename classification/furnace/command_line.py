@@ -1,11 +1,13 @@
 """How an entry script reads its command line and ends: values, the YAML file of ``-c``, exit codes."""
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -139,6 +141,20 @@ def _as_arguments(actions: list[argparse.Action], value: object, config: Path) -
         return [one.option_strings[-1] for one in actions if one.const is value]
     values = value if isinstance(value, list) else [value]
     return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *map(str, values)]
+
+
+@contextlib.contextmanager
+def own_option_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, messages of parts that other scripts share name the options of this one.
+
+    Args:
+        names: what other scripts call an option -> what this one does.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"--\w+", lambda flag: names.get(flag[0], flag[0]), str(error)),)
+        raise
 
 
 def entry_point(function: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

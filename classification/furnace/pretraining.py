@@ -143,16 +143,20 @@ def build_model(backbone: torch.nn.Module, vectors: torch.Tensor | None, options
 
 
 def label_vectors(backbone: torch.nn.Module, data: PretrainingData, options: PretrainingOptions,
-                  run: RunDirectory) -> torch.Tensor | None:
-    """The prototypes of the classes, (C, D); made once and kept in the run's directory.
+                  folder: Path | None = None) -> torch.Tensor | None:
+    """The prototypes of the classes, (C, D); None without labels. All processes call it.
 
-    All processes call it.
+    Args:
+        backbone: from ``build_backbone``.
+        data: the classes and, for their means, the labelled images.
+        options: the rest.
+        folder: of an unfinished run, whose prototypes are taken where ``keep_vectors`` has put them.
     """
     if data.ontology is None:
         return None
-    stored, width, classes = run.path / VECTORS, backbone.num_features, len(data.ontology)
-    if distributed.on_main(stored.exists):
-        return distributed.on_main(lambda: read_vectors(stored, classes=classes))
+    width, classes = backbone.num_features, len(data.ontology)
+    if folder is not None and distributed.on_main((folder / VECTORS).exists):
+        return distributed.on_main(lambda: read_vectors(folder / VECTORS, classes=classes))
     means = _class_means(backbone, data, options) if options.prototypes == "class_mean" else None
 
     def make() -> torch.Tensor:
@@ -166,14 +170,18 @@ def label_vectors(backbone: torch.nn.Module, data: PretrainingData, options: Pre
             vectors = random_vectors(classes, width, seed=options.seed)
         else:
             vectors = read_vectors(Path(options.prototypes).expanduser(), classes=classes)
-        vectors = project(vectors, width, seed=options.seed)
-        from safetensors.torch import save
-
-        with files.atomic_write(stored) as file:
-            file.write(save({"prototypes": vectors.contiguous()}))
-        return vectors
+        return project(vectors, width, seed=options.seed)
 
     return distributed.on_main(make)
+
+
+def keep_vectors(folder: Path, vectors: torch.Tensor) -> None:
+    """Write the prototypes of a new run."""
+    from safetensors.torch import save
+
+    if not (folder / VECTORS).exists():
+        with files.atomic_write(folder / VECTORS) as file:
+            file.write(save({"prototypes": vectors.contiguous()}))
 
 
 def _class_means(backbone: torch.nn.Module, data: PretrainingData, options: PretrainingOptions

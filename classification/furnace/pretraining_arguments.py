@@ -17,6 +17,9 @@ from furnace.pretraining_options import LABEL_SOURCES, MODES
 from furnace.runtime.files import UserError
 from furnace.training_arguments import add_checkpoint_options, add_training_machine_options
 
+# what the parts that other scripts share call this script's options
+HERE = {"--input_size": "--global_crops_size", "--lr": "--base_lr"}
+
 
 def pretraining_parser() -> argparse.ArgumentParser:
     """The options; the defaults are DermINO's published recipe (its run.sh) where it has the number."""

@@ -1,11 +1,8 @@
 """Command-line options of segmentation/run.py: every published flag, and ours; the recipes are their defaults."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -165,16 +162,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tags", nargs="+", default=None, help="its tags")
     group.add_argument("--id", default=None, help="its id; left out, the run's fingerprint")
     group.add_argument("--use_tensorboard", action="store_true", help="TensorBoard event files in --save_name/log")
-
-
-@contextlib.contextmanager
-def own_option_names() -> Iterator[None]:
-    """Messages of the parts that other scripts share name the options of this one."""
-    try:
-        yield
-    except UserError as error:
-        error.args = (re.sub(r"--\w+", lambda flag: HERE.get(flag[0], flag[0]), str(error)),)
-        raise
 
 
 def settle_options(args: argparse.Namespace) -> None:
