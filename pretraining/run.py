@@ -107,7 +107,8 @@ def open_run_of(args: argparse.Namespace, data: PretrainingData, held_out: HeldO
     """``--output_dir`` itself."""
     also = {"processes": distributed.world_size(), "batch_size": args.batch_size,
             "ontology_sha256": data.ontology.sha256 if data.ontology else "",
-            "eval_digest": held_out.queries.images_digest if held_out.gallery is not None else ""}
+            "eval_sha256": "" if held_out.gallery is None else
+            f"{held_out.queries.sha256} {held_out.queries.images_digest}"}
     return distributed.on_main(lambda: open_evaluation_run(
         TASK, vars(args), data.manifest, backbone.provenance, also=also, left_out=NOT_IN_FINGERPRINT,
         folder=lambda mark: args.output_dir))

@@ -52,7 +52,8 @@ def small_set(folder: Path, *, classes: int = 3, per_split: dict[str, int] | Non
 
 # -------------------------------------------------------------------------------------------- the README's commands
 
-README, SEGMENTATION = ((ROOT / name).read_text() for name in ("README.md", "Segmentation.md"))
+README, SEGMENTATION, PRETRAINING = ((ROOT / f"{name}.md").read_text() for name in ("README", "Segmentation",
+                                                                                     "Pretraining"))
 BLOCKS = re.findall(r"```(?:bash|python|shell)\n(.*?)```", README, re.S)
 
 

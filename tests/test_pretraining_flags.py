@@ -4,6 +4,7 @@ The commands run through ``main``. ``World.reach`` stops it where the training w
 to get; ``World.fit`` then trains for real; ``World.tested`` does all but the training.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -220,7 +221,8 @@ def check_overlap(world: World) -> None:
 def check_model(world: World) -> None:
     """Another network; one that is not for it, or none, is refused."""
     assert [len(world.reach(model=name).state.model.backbone.blocks)
-            for name in ("timm:test_vit", "timm:test_vit2")] == [6, 8]
+            for name in ("timm:test_vit", "timm:vit_tiny_patch16_224")] == [6, 12]
+    assert "has no class token" in world.refused(model="timm:test_vit3")
     assert "for plain vision transformers" in world.refused(model="timm:test_resnet")
     assert "--model is missing" in world.refused(model=None)
 
@@ -515,6 +517,7 @@ def check_precision(world: World) -> None:
     """The format in which the layers compute, of the student and of the teacher."""
     for words, wanted in (([], torch.float32), (["--amp_dtype", "bf16"], torch.bfloat16)):
         got, found = world.reach(*words, epochs="1"), [set(), set()]
+        got.options = dataclasses.replace(got.options, track=None)  # pictures are made in float32
         for model, seen in zip((got.state.model, got.state.ema.module), found, strict=True):
             model.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda *call, seen=seen: seen.add(call[2].dtype))
         world.fit(got)

@@ -251,7 +251,7 @@ def test_same_command_again(hybrid, data, caplog) -> None:
 @pytest.mark.parametrize("words, named", [
     ({"base_lr": "1e-3"}, "base_lr: 0.02 there, 0.001 now"), ({"batch_size": "3"}, "batch_size: 4 there, 3 now"),
     ({"seed": "1"}, "seed: 0 there, 1 now"), ({"prototypes": "class_mean"}, "prototypes: 'random' there"),
-    ({"ontology": "fewer.csv"}, "ontology_sha256"), ({"eval_csv": None}, "eval_digest"),
+    ({"ontology": "fewer.csv"}, "ontology_sha256"), ({"eval_csv": None}, "eval_sha256"),
     ({"data_csv": "fewer_images.csv"}, "csv_sha256")])
 def test_other_options_are_refused(hybrid, data, capsys, words, named) -> None:
     """Exit code 2, and what differs."""
@@ -412,7 +412,7 @@ def test_heads_of_other_sizes_start_fresh(data, tmp_path, caplog) -> None:
     torch.save(published_layout(False), tmp_path / "teacher_checkpoint.pth")
     assert pretrain(tmp_path / "run", csv=data, pretrained_checkpoint=str(tmp_path / "teacher_checkpoint.pth"),
                     head_n_prototypes="16", **STILL) == 0
-    (said,) = [record.getMessage() for record in caplog.records if "other sizes" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "of other sizes" in record.getMessage()]
     assert said.startswith("dino_head and ibot_head in ") and "--head_n_prototypes" in said
     model = stored_of(tmp_path / "run")["model"]
     start = made_start()

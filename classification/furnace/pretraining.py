@@ -22,7 +22,7 @@ from furnace.data.unlabelled import read_images
 from furnace.engine_for_pretraining import make_evaluate, make_step
 from furnace.evaluation.features import extract_features
 from furnace.models import create_backbone
-from furnace.models.dino import DinoModel, create_dino, parameter_groups
+from furnace.models.dino import DinoModel, create_dino, parameter_groups, require_plain
 from furnace.models.dino_files import load_heads, read_heads
 from furnace.models.prototypes import (
     PrototypeHead,
@@ -101,6 +101,7 @@ def build_backbone(options: PretrainingOptions) -> torch.nn.Module:
                                                  ("init_values", options.layer_scale_init_value)) if value is not None}
     backbone = create_backbone(options.model, options.pretrained_checkpoint, input_size=options.global_crops_size,
                                seed=options.seed, options=arguments)
+    require_plain(backbone, options.model)
     patch = patch_size_of(backbone)
     for flag, side, number in (("--global_crops_size", options.global_crops_size, 2),
                                ("--local_crops_size", options.local_crops_size, options.local_crops_number)):
@@ -111,15 +112,8 @@ def build_backbone(options: PretrainingOptions) -> torch.nn.Module:
 
 
 def patch_size_of(backbone: torch.nn.Module) -> int:
-    """Side of a patch in pixels.
-
-    Raises:
-        UserError: the backbone has no patches.
-    """
-    embed = getattr(backbone, "patch_embed", None)
-    if embed is None or not hasattr(embed, "proj") or not hasattr(embed, "grid_size"):
-        raise UserError("hybrid pretraining is for plain vision transformers, e.g. --model timm:vit_small_patch16_224")
-    return embed.patch_size[0]
+    """Side of a patch in pixels."""
+    return backbone.patch_embed.patch_size[0]
 
 
 def build_model(backbone: torch.nn.Module, vectors: torch.Tensor | None, options: PretrainingOptions) -> DinoModel:
@@ -155,8 +149,8 @@ def label_vectors(backbone: torch.nn.Module, data: PretrainingData, options: Pre
     if data.ontology is None:
         return None
     width, classes = backbone.num_features, len(data.ontology)
-    if folder is not None and distributed.on_main((folder / VECTORS).exists):
-        return distributed.on_main(lambda: read_vectors(folder / VECTORS, classes=classes))
+    if folder is not None and (stored := distributed.on_main(lambda: _stored_vectors(folder, classes))) is not None:
+        return stored
     means = _class_means(backbone, data, options) if options.prototypes == "class_mean" else None
 
     def make() -> torch.Tensor:
@@ -173,6 +167,16 @@ def label_vectors(backbone: torch.nn.Module, data: PretrainingData, options: Pre
         return project(vectors, width, seed=options.seed)
 
     return distributed.on_main(make)
+
+
+def _stored_vectors(folder: Path, classes: int) -> torch.Tensor | None:
+    """Those of the run in the folder; None without any, or of other classes: ``open_run`` says then what differs."""
+    if not (folder / VECTORS).exists():
+        return None
+    try:
+        return read_vectors(folder / VECTORS, classes=classes)
+    except UserError:
+        return None
 
 
 def keep_vectors(folder: Path, vectors: torch.Tensor) -> None:

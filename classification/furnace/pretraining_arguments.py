@@ -59,9 +59,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
                        help="folder of its images; left out, the CSV's own")
     group.add_argument("--eval_freq", type=at_least(1), default=1, metavar="N",
                        help="evaluate after every N epochs and after the last")
-    group.add_argument("--forbid_overlap", type=clean_path, nargs="+", default=[], metavar="CSV",
+    group.add_argument("--forbid_overlap", type=_path_text, nargs="+", default=None, metavar="CSV",
                        help="refuse to start when an image of these lists (test sets) is among the training images, "
                             "also mirrored, turned or compressed again")
+
+
+def _path_text(text: str) -> str:
+    """A path as args.yaml can hold it in a list."""
+    return str(clean_path(text))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +183,7 @@ def settle_options(args: argparse.Namespace) -> None:
         (not args.model, "--model is missing, e.g. timm:vit_small_patch16_224"),
         (args.eval_root is not None and args.eval_csv is None, "--eval_root is of --eval_csv: add it"),
         (not args.save_ckpt, "--no_save_ckpt is not for pretraining: a run that cannot be resumed is lost"),
-        *((0 < length >= args.epochs, f"--{name} {length:g} leaves nothing of --epochs {args.epochs}: take fewer, or "
+        *((length >= args.epochs, f"--{name} {length:g} leaves nothing of --epochs {args.epochs}: take fewer, or "
            "more --epochs") for name, length in
           ((name, getattr(args, name)) for name in ("warmup_epochs", "label_warmup_epochs"))),
         *((low > high, f"--{name} {low:g} {high:g}: the first is the smaller one") for name, (low, high) in
@@ -191,3 +196,4 @@ def settle_options(args: argparse.Namespace) -> None:
     if faults := [text for fault, text in wrong if fault]:
         raise UserError("\n  ".join(faults))
     args.clip_grad = args.clip_grad or None
+    args.forbid_overlap = [Path(text) for text in args.forbid_overlap or []]

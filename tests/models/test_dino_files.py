@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from furnace.models import create_backbone
 from furnace.models.dino import DinoModel, create_dino
-from furnace.models.dino_files import export_teacher, load_heads, read_heads, teacher_state
+from furnace.models.dino_files import export_teacher, load_heads, read_heads
 from furnace.models.prototypes import PrototypeHead, random_vectors
 
 NAME = "timm:vit_tiny_patch16_224"
@@ -20,6 +20,12 @@ SIZES = {"prototypes": 16, "hidden": 20, "bottleneck": 8}
 PARTS = ["mask_token", "dino_head", "ibot_head"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def teacher_state(teacher: DinoModel) -> dict[str, torch.Tensor]:
+    """The teacher's tensors by DermINO's names: mask token inside the backbone."""
+    return {("backbone.mask_token" if key == "mask_token" else key): value
+            for key, value in teacher.state_dict().items()}
 
 
 def backbone_of(checkpoint: str | Path = "random", name: str = NAME, seed: int = 0, size: int = 28) -> torch.nn.Module:
@@ -125,7 +131,7 @@ def test_heads_of_other_sizes(sizes: dict, caplog) -> None:
     before = {key: value.clone() for key, value in heads_of(model, "dino_head", "ibot_head").items()}
     assert load_heads(model, heads_of(source), source="there.pth") == ["mask_token"]
     assert same(heads_of(model, "dino_head", "ibot_head"), before) and torch.equal(model.mask_token, source.mask_token)
-    assert "dino_head and ibot_head in there.pth have other sizes than asked for (--head_n_prototypes, " in caplog.text
+    assert "dino_head and ibot_head in there.pth: of other sizes than asked for (--head_n_prototypes, " in caplog.text
     assert "--head_hidden_dim, --head_bottleneck_dim): they start at random" in caplog.text
 
 

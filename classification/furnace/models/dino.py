@@ -192,7 +192,7 @@ def create_dino(backbone: nn.Module, *, name: str, prototypes: int = 65536, hidd
     Raises:
         UserError: not a plain vision transformer with a class token and absolute positions.
     """
-    _require_plain(backbone, name)
+    require_plain(backbone, name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = DinoModel(backbone, prototypes=prototypes, hidden=hidden, bottleneck=bottleneck, label_head=label_head)
@@ -202,7 +202,12 @@ def create_dino(backbone: nn.Module, *, name: str, prototypes: int = 65536, hidd
     return model
 
 
-def _require_plain(backbone: nn.Module, name: str) -> None:
+def require_plain(backbone: nn.Module, name: str) -> None:
+    """Refuse what cannot be masked and cropped this way.
+
+    Raises:
+        UserError: not a plain vision transformer with a class token and absolute positions.
+    """
     fault = None
     if not isinstance(backbone, VisionTransformer | Beit):
         fault = f"is a {type(backbone).__name__}"

@@ -8,8 +8,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from furnace.models import Provenance
 from furnace.models.dino import DinoModel
 from furnace.models.exported import export_backbone
@@ -70,8 +68,9 @@ def load_heads(model: DinoModel, state: State, *, source: str) -> list[str]:
     if loaded:
         logger.info("heads from %s: %s", source, ", ".join(loaded))
     if left:
-        logger.warning("%s in %s have other sizes than asked for (--head_n_prototypes, --head_hidden_dim, "
-                       "--head_bottleneck_dim): they start at random", " and ".join(left), source)
+        logger.warning("%s in %s: of other sizes than asked for (--head_n_prototypes, --head_hidden_dim, "
+                       "--head_bottleneck_dim), incomplete, or not finite; they start afresh", " and ".join(left),
+                       source)
     return loaded
 
 
@@ -92,9 +91,3 @@ def export_teacher(folder: Path, teacher: DinoModel, *, input_size: int, about: 
         file.write(save(heads))
     export_backbone(folder, teacher.backbone, input_size=input_size,
                     data_config=teacher.backbone.provenance.data_config, about=about)
-
-
-def teacher_state(teacher: DinoModel) -> dict[str, torch.Tensor]:
-    """The teacher's tensors by DermINO's names: mask token inside the backbone."""
-    return {("backbone.mask_token" if key == "mask_token" else key): value
-            for key, value in teacher.state_dict().items()}
