@@ -242,7 +242,7 @@ def test_loss_that_is_not_finite(tmp_path, csv, refused, monkeypatch) -> None:
 @pytest.mark.parametrize("options, message, mended", [
     ({"global_crops_size": "40"}, "--global_crops_size 40 ", {"global_crops_size": "32"}),
     ({"local_crops_size": "24"}, "--local_crops_size 24 is no multiple of the patch size 16: take 32", {}),
-    ({"model": "demo"}, "hybrid pretraining is for plain vision transformers with a class token, e.g. timm:vit_small_patch16_",
+    ({"model": "demo"}, "hybrid pretraining is for plain vision transformers with a class token, e.g. timm:vit_small",
      {}),
     ({"model": "timm:none_such"}, "none_such", {}),
     ({"model": None}, "--model is missing, e.g. timm:vit_small_patch16_224", {}),

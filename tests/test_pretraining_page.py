@@ -157,7 +157,8 @@ def test_tables() -> None:
     for cell, config in zip(rows["teacher's momentum"][1:], configs, strict=True):
         assert cell.startswith(f"{config['momentum_teacher']:g} to ")
     known = {option for action in pretraining_parser()._actions for option in action.option_strings}
-    others = {"--nproc_per_node", "--nb_classes", "--csv_path", "--input_size", "--output", "--extra", "--help"}
+    others = {"--nproc_per_node", "--data", "--nb_classes", "--csv_path", "--input_size", "--output",
+                  "--extra", "--help"}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", PRETRAINING))
     assert used - others <= known, used - others - known
 
