@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from furnace.runtime.files import write_table
+
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 GROUPS = {"start": [f"start_{s}" for s in SEEDS], "ss": [f"ss_{s}" for s in SEEDS],
@@ -40,10 +42,10 @@ def prepare(data: Path, output: Path) -> None:
     rows = pd.DataFrame({"image": train["image"], "labels": train["dx"].where(labelled, ""), "split": "train",
                          "source": np.where(labelled, "ham10000", "")})
     output.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(output / "pretrain.csv", index=False)
+    write_table(output / "pretrain.csv", rows)
     mixed = rows["labels"].to_numpy().copy()
     mixed[labelled] = np.random.default_rng(1).permutation(mixed[labelled])
-    rows.assign(labels=mixed).to_csv(output / "shuffled.csv", index=False)
+    write_table(output / "shuffled.csv", rows.assign(labels=mixed))
 
 
 def encoder() -> str:
@@ -92,11 +94,14 @@ def collect(output: Path, file: Path) -> None:
                     raise SystemExit(f"{found} and {file} are not of the same test images")
                 table[f"{how} {job}"] = one["predicted_label"]
     if table is not None:
-        table.to_csv(file, index=False)
+        write_table(file, table)
 
 
 def compare(file: Path) -> str:
-    """A line per group: mean over its seeds, SD, interval, and paired differences of the groups' means."""
+    """A line per group: mean over its seeds, SD, 95 % interval; and paired differences of the same seeds.
+
+    The intervals resample the test images; the spread over seeds stands beside them.
+    """
     table, lines = pd.read_csv(file), []
     labels = table["true_label"].to_numpy()
     for how in ("probe", "knn"):
@@ -115,17 +120,20 @@ def compare(file: Path) -> str:
 
         whole = np.ones((1, len(labels)))
         values = {group: bacc(rows, whole)[0] for group, rows in right.items()}
-        resampled = {group: bacc(rows, draws).mean(axis=1) for group, rows in right.items()}
+        resampled = {group: bacc(rows, draws) for group, rows in right.items()}  # (R, S)
         for group, scores in values.items():
-            low, high = np.nanpercentile(resampled[group], [2.5, 97.5])
+            low, high = np.nanpercentile(resampled[group].mean(axis=1), [2.5, 97.5])
             spread = f"SD {scores.std(ddof=1):.4f}" if len(scores) > 1 else "one seed"
             lines.append(f"{how} bacc {group}: {scores.mean():.4f} [{low:.4f}, {high:.4f}], {spread} "
                          f"({', '.join(f'{score:.4f}' for score in scores)})")
         for first, second in (("start", "ss"), ("ss", "hybrid"), ("start", "hybrid"), ("ss", "shuffled"),
                               ("orthogonal", "hybrid"), ("shuffled", "hybrid")):
             if first in values and second in values:
-                low, high = np.nanpercentile(resampled[second] - resampled[first], [2.5, 97.5])
-                lines.append(f"  {how} {second} minus {first}: {values[second].mean() - values[first].mean():+.4f} "
+                seeds = min(len(values[first]), len(values[second]))  # one seed against the same seed
+                draw = resampled[second][:, :seeds].mean(axis=1) - resampled[first][:, :seeds].mean(axis=1)
+                low, high = np.nanpercentile(draw, [2.5, 97.5])
+                lines.append(f"  {how} {second} minus {first}, {seeds} seed{'s' if seeds > 1 else ''}: "
+                             f"{values[second][:seeds].mean() - values[first][:seeds].mean():+.4f} "
                              f"[{low:+.4f}, {high:+.4f}]")
     return "\n".join(lines)
 

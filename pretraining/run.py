@@ -11,9 +11,9 @@ import argparse
 import dataclasses
 import functools
 import logging
-import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 try:
@@ -42,9 +42,10 @@ from furnace.pretraining import (
     read_held_out,
 )
 from furnace.pretraining_arguments import HERE, pretraining_parser, settle_options
-from furnace.pretraining_options import PretrainingOptions, build_schedules, cut_batches
+from furnace.pretraining_options import LABEL_SOURCES, PretrainingOptions, build_schedules, cut_batches
 from furnace.pretraining_results import Progress, results_of
 from furnace.runtime import distributed
+from furnace.runtime.files import UserError, sha256_file
 from furnace.runtime.run_directory import RunDirectory
 from furnace.runtime.tracking import tracking
 from furnace.training import settle_precision
@@ -53,7 +54,8 @@ logger = logging.getLogger(__name__)
 
 TASK = "pretraining"
 # options that cannot change the numbers, besides those of every evaluation
-NOT_IN_FINGERPRINT = {"data_csv", "ontology", "eval_csv", "eval_root", "forbid_overlap", "max_updates", "resume",
+NOT_IN_FINGERPRINT = {"data_csv", "ontology", "eval_csv", "eval_root", "forbid_overlap", "forbid_overlap_root",
+                      "max_updates", "resume",
                       "grad_checkpointing", "pin_mem", "save_ckpt", "save_ckpt_freq", "save_every_steps", "wandb",
                       "wandb_project", "exp_name", "log_dir"}
 
@@ -79,10 +81,12 @@ def run(argv: Sequence[str] | None) -> int:
     directory = open_run_of(args, data, held_out, backbone)
     results = distributed.on_main(directory.read_results)
     if results:
-        logger.info("this run is finished: its teacher is %s", directory.path / "teacher")
+        logger.info("this run is finished:")
+        report(results)
         return 0
     if not directory.previous:  # a new run
-        distributed.on_main(lambda: require_decodable(data.manifest))
+        for images in (data.manifest, *([] if held_out.gallery is None else (held_out.gallery, held_out.queries))):
+            distributed.on_main(functools.partial(require_decodable, images))
     options = distributed.on_main(functools.partial(settle_precision, options, directory, backbone,
                                                     options.global_crops_size))
     distributed.on_main(lambda: directory.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype}))
@@ -99,7 +103,9 @@ def read_data(args: argparse.Namespace) -> tuple[PretrainingData, HeldOut]:
                             report_folder=args.output_dir)
     held_out = read_held_out(args.eval_csv, args.eval_root, data.manifest, seed=args.seed, folder=args.output_dir)
     if args.forbid_overlap:
-        forbid_overlap(data.manifest, args.forbid_overlap)
+        roots = args.forbid_overlap_root
+        forbid_overlap(data.manifest, args.forbid_overlap, report_folder=args.output_dir,
+                       roots=roots * len(args.forbid_overlap) if roots and len(roots) == 1 else roots)
     return data, held_out
 
 
@@ -108,10 +114,19 @@ def open_run_of(args: argparse.Namespace, data: PretrainingData, held_out: HeldO
     also = {"processes": distributed.world_size(), "batch_size": args.batch_size,
             "ontology_sha256": data.ontology.sha256 if data.ontology else "",
             "eval_sha256": "" if held_out.gallery is None else
-            f"{held_out.queries.sha256} {held_out.queries.images_digest}"}
+            f"{held_out.queries.sha256} {held_out.queries.images_digest}",
+            "prototypes_sha256": "" if args.prototypes in LABEL_SOURCES else digest_of(args.prototypes)}
     return distributed.on_main(lambda: open_evaluation_run(
         TASK, vars(args), data.manifest, backbone.provenance, also=also, left_out=NOT_IN_FINGERPRINT,
         folder=lambda mark: args.output_dir))
+
+
+def digest_of(prototypes: str) -> str:
+    """Hex SHA-256 of the file of ``--prototypes``."""
+    path = Path(prototypes).expanduser()
+    if not path.is_file():
+        raise UserError(f"--prototypes {path} does not exist")
+    return sha256_file(path)
 
 
 def train(args: argparse.Namespace, options: PretrainingOptions, run: RunDirectory, model: DinoModel,
@@ -131,12 +146,23 @@ def train(args: argparse.Namespace, options: PretrainingOptions, run: RunDirecto
                        about={**about, "updates": trained.updates, "finished": finished})
         if finished:
             run.write_results(results_of(data, held_out, model, trained, run))
-        last = {name: value for name, value in (trained.history[-1] if trained.history else {}).items()
-                if name.startswith("val_") and value is not None and not math.isnan(value)}
-        logger.info("%s; the teacher is %s%s", "finished" if finished else
-                    f"paused after {trained.updates} updates (the same command without --max_updates goes on)",
-                    run.path / "teacher", "".join(f", {name[4:]} {value:.4f}" for name, value in last.items()))
+            report(run.read_results())
+        else:
+            logger.info("paused after %d updates (the same command without --max_updates goes on); the teacher so far "
+                        "is %s", trained.updates, run.path / "teacher")
     return 0
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print what was learned and where it is."""
+    if not distributed.is_main():
+        return
+    values = {**results["losses"], **{name: entry["value"]
+                                      for name, entry in results["splits"]["val"]["metrics"].items()}}
+    logger.info("%d updates on %d images (%d labelled): %s; the teacher is %s", results["updates"],
+                results["train_images"], results["labelled_images"],
+                ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None),
+                results["teacher"])
 
 
 if __name__ == "__main__":

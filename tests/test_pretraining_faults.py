@@ -196,6 +196,18 @@ def test_broken_images_before_the_start(tmp_path, csv, refused, monkeypatch) -> 
     assert pretrain(tmp_path / "run", csv=csv, **QUICK) == 0
 
 
+def test_broken_evaluation_image_before_the_start(tmp_path, refused) -> None:
+    """Not after the first epoch, and mended the same command runs."""
+    csv = drawn_set(tmp_path / "data", images=8)
+    image, eval_csv = csv.parent / "eval" / "val_1.png", str(csv.parent / "eval.csv")
+    kept = half(image)
+    told = refused(tmp_path / "run", csv=csv, begun=True, eval_csv=eval_csv, **QUICK)
+    assert "1 image cannot be decoded" in told and "val_1.png" in told
+    assert not (tmp_path / "run" / "checkpoint-last.pth").exists()
+    image.write_bytes(kept)
+    assert pretrain(tmp_path / "run", csv=csv, eval_csv=eval_csv, **QUICK) == 0
+
+
 def test_image_that_breaks_later(tmp_path, refused, monkeypatch) -> None:
     """Named with its row; when it is whole again, the same command goes on to the same end."""
     csv = drawn_set(tmp_path / "data", images=8)

@@ -204,7 +204,7 @@ def check_eval_freq(world: World) -> None:
         assert [entry["val_feature_rank"] is not None for entry in got.state.history] == due
 
 
-@shows("--forbid_overlap")
+@shows("--forbid_overlap", "--forbid_overlap_root")
 def check_overlap(world: World) -> None:
     """Images of a test list among the training images end the command; several lists."""
     own = world.table("own.csv", lambda table: table[["image"]][3:5])
@@ -213,6 +213,12 @@ def check_overlap(world: World) -> None:
     world.reach("--forbid_overlap", other)
     told = world.refused("--forbid_overlap", other, own)
     assert "2 training images are also in a test list" in told and "images/03.png" in told
+    (world.folder / "lists").mkdir()
+    (world.folder / "lists" / "own.csv").write_bytes(own.read_bytes())
+    moved = world.folder / "lists" / "own.csv"
+    assert "2 training images" in world.refused("--forbid_overlap", moved, "--forbid_overlap_root", own.parent)
+    told = world.refused("--forbid_overlap", moved, "--forbid_overlap_root", own.parent, own.parent)
+    assert "one folder, or one for each list" in told
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -379,7 +385,6 @@ def check_prototype_mode(world: World) -> None:
     """Whether they learn, how fast, from when on: what two epochs do to them."""
     quick = ["--prototype_lr", 0.05]
     for words, moved in (([], [False, False]), (["--prototype_mode", "trainable"], [True, True]),
-                         (["--prototype_mode", "warmup"], [False, False]),  # ten epochs of warm-up
                          (["--prototype_mode", "warmup", "--prototype_warmup_epochs", 1], [False, True])):
         got, found = world.reach(*quick, *words), []
         head = got.state.model.label_head

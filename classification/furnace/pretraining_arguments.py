@@ -7,6 +7,7 @@ from furnace.command_line import (
     at_least,
     clean_path,
     fraction,
+    logger,
     new_parser,
     not_negative,
     optional_path,
@@ -62,6 +63,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--forbid_overlap", type=_path_text, nargs="+", default=None, metavar="CSV",
                        help="refuse to start when an image of these lists (test sets) is among the training images, "
                             "also mirrored, turned or compressed again")
+    group.add_argument("--forbid_overlap_root", type=_path_text, nargs="+", default=None, metavar="FOLDER",
+                       help="folder of their images, one for all lists or one for each; left out, each list's own")
 
 
 def _path_text(text: str) -> str:
@@ -185,15 +188,24 @@ def settle_options(args: argparse.Namespace) -> None:
         (not args.save_ckpt, "--no_save_ckpt is not for pretraining: a run that cannot be resumed is lost"),
         *((length >= args.epochs, f"--{name} {length:g} leaves nothing of --epochs {args.epochs}: take fewer, or "
            "more --epochs") for name, length in
-          ((name, getattr(args, name)) for name in ("warmup_epochs", "label_warmup_epochs"))),
+          ((name, getattr(args, name)) for name in
+           ("warmup_epochs", "label_warmup_epochs", "freeze_last_layer_epochs",
+            *(["prototype_warmup_epochs"] if args.prototype_mode == "warmup" else [])))),
+        (args.forbid_overlap_root is not None and len(args.forbid_overlap_root) not in
+         (1, len(args.forbid_overlap or [])), "--forbid_overlap_root is one folder, or one for each list of "
+                                              "--forbid_overlap"),
         *((low > high, f"--{name} {low:g} {high:g}: the first is the smaller one") for name, (low, high) in
           ((name, getattr(args, name)) for name in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"))),
         (args.prototypes not in LABEL_SOURCES and not args.prototypes.endswith((".npy", ".safetensors")),
          f"--prototypes {args.prototypes} is none of {', '.join(LABEL_SOURCES)}, and no .npy or .safetensors file"),
-        (not any(getattr(args, f"{name}_loss_weight") for name in ("dino", "ibot", "koleo", "label")),
-         "all loss weights are 0: nothing would be trained"),
+        (not any(getattr(args, f"{name}_loss_weight") for name in
+                 ("dino", "ibot", "koleo", *(["label"] if args.ontology else []))),
+         "all loss weights are 0 (that of labels needs --ontology): nothing would be trained"),
     ]
     if faults := [text for fault, text in wrong if fault]:
         raise UserError("\n  ".join(faults))
     args.clip_grad = args.clip_grad or None
     args.forbid_overlap = [Path(text) for text in args.forbid_overlap or []]
+    args.forbid_overlap_root = args.forbid_overlap_root and [Path(text) for text in args.forbid_overlap_root]
+    if args.ontology is None and args.data_csv.suffix.lower() == ".csv":
+        logger.info("without --ontology the training is self-supervised: options of labels and prototypes rest")

@@ -105,7 +105,7 @@ def build_schedules(options: PretrainingOptions, plan: BatchPlan) -> Schedules:
     updates = options.epochs * plan.steps_per_epoch
 
     def epochs(number: float) -> int:
-        return int(number * plan.steps_per_epoch)
+        return int(number * plan.steps_per_epoch + 1e-6)  # 0.29 of 100 is 29
 
     peak = options.base_lr * math.sqrt(plan.per_update / REFERENCE_BATCH)
     rate = cosine_schedule(peak, options.min_lr, updates=updates, warmup=epochs(options.warmup_epochs))

@@ -132,7 +132,7 @@ def test_heads_of_other_sizes(sizes: dict, caplog) -> None:
     assert load_heads(model, heads_of(source), source="there.pth") == ["mask_token"]
     assert same(heads_of(model, "dino_head", "ibot_head"), before) and torch.equal(model.mask_token, source.mask_token)
     assert "dino_head and ibot_head in there.pth: of other sizes than asked for (--head_n_prototypes, " in caplog.text
-    assert "--head_hidden_dim, --head_bottleneck_dim): they start at random" in caplog.text
+    assert "--head_hidden_dim, --head_bottleneck_dim), incomplete, or not finite; they start afresh" in caplog.text
 
 
 def test_half_a_head(caplog) -> None:

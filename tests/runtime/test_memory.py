@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from furnace.runtime import distributed
 from furnace.runtime.batch_plan import BatchPlan
 from furnace.runtime.files import UserError
 from furnace.runtime.memory import fitting_plan
@@ -53,6 +54,24 @@ def test_the_process_with_the_least_memory_decides(monkeypatch) -> None:
     plan = fitting_plan(nn.Linear(3, 3), limited(16, []), lambda n: torch.ones(n, 3), BatchPlan(16, 1, 2, 7),
                         {"lr": 1.0}, device=CPU, amp_dtype="fp32")
     assert plan == BatchPlan(4, 4, 2, 7)
+
+
+def test_a_trial_asks_nothing_of_other_processes(monkeypatch) -> None:
+    """A step's sums over the processes would wait for those that had no need to try again."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("furnace.runtime.distributed.gather_lists", lambda items: items)
+    seen = []
+
+    def step(model, batch, values):
+        seen.append(distributed.world_size())
+        if len(batch) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return model(batch).square().sum(), len(batch), {}
+
+    assert fitting_plan(nn.Linear(3, 3), step, lambda n: torch.ones(n, 3), BatchPlan(8, 1, 2, 7), {"lr": 1.0},
+                        device=CPU, amp_dtype="fp32") == BatchPlan(4, 2, 2, 7)
+    assert seen == [1, 1] and distributed.world_size() == 2
 
 
 def test_never_below_the_least() -> None:

@@ -3,9 +3,10 @@
 Every function also works in a single process, where it does nothing.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from furnace.runtime.files import UserError
 
 T = TypeVar("T")
+_alone = False  # see ``alone``
 
 
 def start() -> None:
@@ -42,7 +44,18 @@ def rank() -> int:
 
 def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one: what it tries, the others need not try with it."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def is_main() -> bool:

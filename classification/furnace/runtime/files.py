@@ -120,7 +120,7 @@ def refuse_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite
 
 def folder_name(text: str) -> str:
     """A text as the name of a folder: letters, digits, dot, underscore, hyphen; of a long one (a path) its end."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).lstrip("-.")[-100:] or "-"
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).lstrip("-.")[-100:]
 
 
 def write_text(path: str | Path, text: str) -> None:

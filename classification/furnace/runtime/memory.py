@@ -60,7 +60,7 @@ def _try_step(model: nn.Module, step: Callable[..., Any], batch: Any, values: di
     """One forward and backward pass beside the memory that the optimiser will take."""
     kept = [torch.empty_like(p) for p in model.parameters() if p.requires_grad
             for _ in range(2 + (distributed.world_size() > 1))]
-    with autocast(device, amp_dtype):
+    with autocast(device, amp_dtype), distributed.alone():  # a process that tries again must not wait for the others
         loss, weight, _ = step(model, batch, values)
     (loss / weight).backward()
     del kept
