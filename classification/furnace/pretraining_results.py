@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from furnace.data.block_masks import block_masks
@@ -65,7 +66,8 @@ class Progress:
             views = [make(load_rgb(self.data.manifest.path_of(i))) for i in self.images]
         side = self.options.global_crops_size // self.patch
         masks = block_masks(2 * len(views), (side, side), share=self.options.mask_sample_probability,
-                            ratio=tuple(self.options.mask_ratio_min_max), rng=_generator(self.options.seed))
+                            ratio=tuple(self.options.mask_ratio_min_max),
+                            rng=np.random.default_rng(seed_of(self.options.seed, "crops.png")))
         draw_crops(self.folder / "crops.png", torch.stack([large for large, _ in views], dim=1),
                    torch.stack([small for _, small in views], dim=1) if self.options.local_crops_number else None,
                    torch.from_numpy(masks).unflatten(0, (2, len(views))), mean=mean, std=std, patch_size=self.patch)
@@ -78,12 +80,6 @@ class Progress:
         side = self.options.global_crops_size // self.patch
         draw_patch_pca(self.folder / "patch_features.png", images, tokens.float().cpu(), grid=(side, side),
                        mean=tuple(self.config["mean"]), std=tuple(self.config["std"]))
-
-
-def _generator(seed: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(seed_of(seed, "crops.png"))
 
 
 def collapse_warning(history: list[dict[str, Any]]) -> str | None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from furnace.data.block_masks import block_masks
 from furnace.data.class_names import some
-from furnace.data.csv_table import image_folder, missing_column, parse_csv, read_csv_bytes
+from furnace.data.csv_table import missing_column
 from furnace.data.datasets import decode, loader_of_draws
 from furnace.data.image_labels import ImageLabels, encode_labels
 from furnace.data.images import check_files
@@ -31,7 +31,7 @@ from furnace.data.multilabel import LABELS
 from furnace.data.ontology import Ontology, read_ontology
 from furnace.data.problems import ROW, Problem, report
 from furnace.data.samplers import Draw, TrainSampler
-from furnace.data.unlabelled import IMAGE_COLUMNS, LABEL_TEXT, read_images
+from furnace.data.unlabelled import LABEL_TEXT, open_image_csv, read_images
 from furnace.runtime.batch_plan import BatchPlan
 from furnace.runtime.files import UserError
 from furnace.runtime.seeding import seed_of
@@ -93,15 +93,7 @@ def read_pretraining(source: str | Path, root_path: str | Path | None = None, *,
 
 def _read_csv(csv_path: Path, root_path: str | Path | None, ontology: Ontology | None, label_ancestors: bool,
               strict: bool, report_folder: str | Path | None) -> tuple[Manifest, ImageLabels | None]:
-    content = read_csv_bytes(csv_path, "the CSV")
-    root = image_folder(root_path, csv_path)
-    problems: list[Problem] = []
-    frame = parse_csv(content, csv_path, problems)
-    column = next((name for name in IMAGE_COLUMNS if name in frame), None)
-    if column is None:
-        problems.append(missing_column(frame, "image", "add a column named image (or filename, image_path)"))
-        report(problems, csv_path=csv_path, folder=report_folder)
-    frame = frame.rename(columns={column: "image"})
+    content, root, frame, problems = open_image_csv(csv_path, root_path, report_folder)
     kept = _trained_on(frame, csv_path, problems)
     digest, _ = check_files(frame[kept], root, problems)
     first_names = _tell_repeats(frame, kept, root, problems)

@@ -64,7 +64,14 @@ def read_images(source: str | Path, root: str | Path | None = None, *,
                     group_columns=())
 
 
-def _read_csv(csv_path: Path, root_path: str | Path | None, report_folder: str | Path | None) -> Manifest:
+def open_image_csv(csv_path: Path, root_path: str | Path | None, report_folder: str | Path | None
+                   ) -> tuple[bytes, Path, pd.DataFrame, list[Problem]]:
+    """A CSV's bytes, its image folder, its rows as text with the column image, and what is wrong so far.
+
+    Raises:
+        ManifestError: no column names the images.
+        UserError: the CSV or the folder does not exist.
+    """
     content = read_csv_bytes(csv_path, "the CSV")
     root = image_folder(root_path, csv_path)
     problems: list[Problem] = []
@@ -73,7 +80,11 @@ def _read_csv(csv_path: Path, root_path: str | Path | None, report_folder: str |
     if column is None:
         problems.append(missing_column(frame, "image", "add a column named image (or filename, image_path)"))
         report(problems, csv_path=csv_path, folder=report_folder)
-    frame = frame.rename(columns={column: "image"})
+    return content, root, frame.rename(columns={column: "image"}), problems
+
+
+def _read_csv(csv_path: Path, root_path: str | Path | None, report_folder: str | Path | None) -> Manifest:
+    content, root, frame, problems = open_image_csv(csv_path, root_path, report_folder)
     frame["split"] = frame["split"].fillna("") if "split" in frame else ""
     label_column = _read_labels(frame)
     digest, _ = check_files(frame, root, problems)
