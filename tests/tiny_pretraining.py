@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,3 +105,27 @@ def end_of(run: Path) -> dict[str, Any]:
             "optimizer": bits(moments), "best": bits(best["model"]),
             **{f"teacher/{name}": (run / "teacher" / name).read_bytes()
                for name in ("model.safetensors", "heads.safetensors")}}
+
+
+def stored_of(run: Path) -> dict:
+    """checkpoint-last.pth."""
+    return read_stored(run / "checkpoint-last.pth")
+
+
+def best_of(run: Path) -> dict[str, torch.Tensor]:
+    """The teacher of checkpoint-best.pth."""
+    return torch.load(run / "checkpoint-best.pth", weights_only=True)["model"]
+
+
+def backbone_in(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The backbone's tensors under their bare names."""
+    return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+
+
+def even_masks(crops: int, grid: tuple[int, int], **_: Any) -> np.ndarray:
+    """Two patches of both views of the images at even positions: none in the second of two processes."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    even = (rank + processes * np.arange(crops // 2)) % 2 == 0
+    hidden = np.zeros((2, crops // 2, grid[0] * grid[1]), dtype=bool)
+    hidden[:, even, 1] = hidden[:, even, 5] = True
+    return hidden.reshape(crops, -1)
