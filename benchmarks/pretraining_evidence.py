@@ -5,8 +5,9 @@
 ``--data`` is a folder with metadata.csv (image, dx, label, split). Half of the train images (drawn once) lose their
 label.
 Jobs: ``start_S`` (untrained), ``ss_S`` (self-supervised: the labels' weight is 0), ``hybrid_S``, each of seeds 0, 1, 2,
-and of seed 0 ``shuffled`` (labels exchanged at random among the labelled images) and ``orthogonal`` (orthonormal
-prototypes instead of the names' text vectors). Each pretrains by ``pretraining/configs/ham_cpu.yaml``; its teacher is
+and of seed 0 ``shuffled`` (labels exchanged at random among the labelled images), ``orthogonal`` (orthonormal
+prototypes instead of the names' text vectors), ``zero`` (the label head's bias at 0, as published) and ``labels`` (the
+labels' loss alone). Each pretrains by ``pretraining/configs/ham_cpu.yaml``; its teacher is
 evaluated by ``linear_eval.py`` and ``knn_eval.py`` at the crops' size: fitted on train, tested on the official test
 images. Finished parts are not done again, so that jobs can be shared out between processes and sittings. Predictions of
 finished jobs are kept in ``--predictions``, a column each; the comparison is of all that stand there.
@@ -27,9 +28,9 @@ from furnace.runtime.files import write_table
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 GROUPS = {"start": [f"start_{s}" for s in SEEDS], "ss": [f"ss_{s}" for s in SEEDS],
-          "hybrid": [f"hybrid_{s}" for s in SEEDS], "shuffled": ["shuffled_0"], "orthogonal": ["orthogonal_0"]}
+          "hybrid": [f"hybrid_{s}" for s in SEEDS], **{name: [f"{name}_0"] for name in ("shuffled", "orthogonal", "zero", "labels")}}
 JOBS = [job for s in SEEDS for job in (f"start_{s}", f"ss_{s}", f"hybrid_{s}")]
-JOBS = [*JOBS[:3], "shuffled_0", "orthogonal_0", *JOBS[3:]]
+JOBS += ["shuffled_0", "orthogonal_0", "zero_0", "labels_0"]
 SIZE = "70"
 RESAMPLES = 2000
 
@@ -63,7 +64,8 @@ def script(name: str, *words: str, threads: int) -> None:
 def pretrain(job: str, data: Path, output: Path, more: list[str], threads: int) -> Path:
     """The teacher's folder."""
     kind, seed = job.rsplit("_", 1)
-    own = {"ss": ["--label_loss_weight", "0"], "orthogonal": ["--prototypes", "orthogonal"]}.get(kind, [])
+    own = {"ss": ["--label_loss_weight", "0"], "orthogonal": ["--prototypes", "orthogonal"], "zero": ["--label_bias", "zero"],
+           "labels": [word for part in ("dino", "ibot", "koleo") for word in (f"--{part}_loss_weight", "0")]}.get(kind, [])
     if kind == "start":
         own = ["--max_updates", "1"]  # the first update, whose rate is 0
     script("pretraining/run.py", "-c", str(ROOT / "pretraining/configs/ham_cpu.yaml"), "--seed", seed,
@@ -127,7 +129,7 @@ def compare(file: Path) -> str:
             lines.append(f"{how} bacc {group}: {scores.mean():.4f} [{low:.4f}, {high:.4f}], {spread} "
                          f"({', '.join(f'{score:.4f}' for score in scores)})")
         for first, second in (("start", "ss"), ("ss", "hybrid"), ("start", "hybrid"), ("ss", "shuffled"),
-                              ("orthogonal", "hybrid"), ("shuffled", "hybrid")):
+                              ("orthogonal", "hybrid"), ("shuffled", "hybrid"), ("zero", "hybrid"), ("labels", "hybrid")):
             if first in values and second in values:
                 seeds = min(len(values[first]), len(values[second]))  # one seed against the same seed
                 draw = resampled[second][:, :seeds].mean(axis=1) - resampled[first][:, :seeds].mean(axis=1)

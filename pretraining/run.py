@@ -37,6 +37,7 @@ from furnace.pretraining import (
     build_backbone,
     build_model,
     keep_vectors,
+    label_bias,
     label_vectors,
     pretrain,
     read_held_out,
@@ -92,7 +93,7 @@ def run(argv: Sequence[str] | None) -> int:
     distributed.on_main(lambda: directory.write_arguments({**given, "resolved_amp_dtype": options.amp_dtype}))
     if vectors is not None:
         distributed.on_main(lambda: keep_vectors(directory.path, vectors))
-    model = build_model(backbone, vectors, options)
+    model = build_model(backbone, vectors, options, label_bias(data, options))
     return train(args, options, directory, model, data, held_out)
 
 

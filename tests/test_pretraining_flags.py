@@ -439,6 +439,17 @@ def check_label_temperature(world: World) -> None:
         torch.testing.assert_close(head(x), inputs @ head.weight.T + head.bias)
 
 
+@shows("--label_bias")
+def check_label_bias(world: World) -> None:
+    """Two melanomas, which are malignant, one nevus and two keratoses among five; in student and teacher."""
+    odds = torch.tensor([3 / 4, 3 / 4, 2 / 5, 3 / 4]).log()
+    for words, wanted in (([], odds), (["--label_bias", "prior"], odds), (["--label_bias", "zero"], torch.zeros(4))):
+        got = world.reach(*words)
+        for model in (got.state.model, got.state.ema.module):
+            torch.testing.assert_close(model.label_head.bias.detach(), wanted)
+            assert not model.label_head.bias.requires_grad
+
+
 @shows("--batch_size", "--update_freq")
 def check_batches(world: World) -> None:
     """Images of a forward pass; passes of an update."""
@@ -690,7 +701,7 @@ SAME_RUN = {"--max_updates": 3, "--save_every_steps": 5, "--save_ckpt_freq": 2, 
 OTHER_RUN = {"--epochs": 3, "--batch_size": 3, "--update_freq": 2, "--seed": 1, "--base_lr": 0.5, "--drop_path": 0.3,
              "--prototypes": "orthogonal", "--no_label_ancestors": None, "--dinov2_compat": None, "--epoch_length": 2,
              "--koleo_loss_weight": 0.2, "--mask_ratio_min_max": "0.2 0.3", "--prototype_mode": "trainable",
-             "--clip_grad": 1, "--label_temperature": 0.1}
+             "--clip_grad": 1, "--label_temperature": 0.1, "--label_bias": "zero"}
 
 
 def test_what_makes_it_another_run(world: World) -> None:

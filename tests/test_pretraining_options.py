@@ -107,8 +107,8 @@ def test_base_recipe_is_the_published_one() -> None:
         0.5], "global_crops_size": 224, "global_crops_scale": [0.32, 1.0], "local_crops_size": 98,
         "local_crops_scale": [0.05, 0.32], "local_crops_number": 8, "dino_loss_weight": 1, "ibot_loss_weight": 1,
         "koleo_loss_weight": 0.1, "label_loss_weight": 1, "label_loss_weight_end": None, "label_temperature": None,
-        "prototypes": "text", "text_encoder": "GanjinZero/coder_all", "text_pooling": "pooler", "prototype_mode":
-        "frozen", "dinov2_compat": True, "layer_scale_init_value": None, "patch_size": None}
+        "label_bias": "zero", "prototypes": "text", "text_encoder": "GanjinZero/coder_all", "text_pooling": "pooler",
+        "prototype_mode": "frozen", "dinov2_compat": True, "layer_scale_init_value": None, "patch_size": None}
     options = dataclasses.asdict(options_of())
     assert {name: options[name] for name in expected} == expected
 

@@ -20,6 +20,7 @@ import knn_eval
 import linear_eval
 from furnace.data import pretraining_data
 from furnace.data.images import load_rgb
+from furnace.data.pretraining_data import read_pretraining
 from furnace.data.transforms import build_transform
 from furnace.models import create_backbone
 from helpers import ROOT
@@ -144,31 +145,37 @@ def test_pause_at_the_end_of_an_epoch(data, hybrid, tmp_path, updates) -> None:
 
 # ------------------------------------------------------------------------------------------------------- prototypes
 
-def test_frozen_prototypes_stay(hybrid) -> None:
-    """I11: to the bit, in student and teacher, and the bias too."""
-    made = load_file(hybrid / "prototypes.safetensors")["prototypes"]
+@pytest.fixture(scope="module")
+def prior(data) -> torch.Tensor:
+    """The classes' log odds in the data."""
+    return torch.from_numpy(read_pretraining(data, ontology=ONTOLOGY).labels.log_odds())
+
+
+def test_frozen_prototypes_stay(hybrid, prior) -> None:
+    """I11: to the bit, in student and teacher, and the bias too, at the labels' log odds."""
+    made, bias = load_file(hybrid / "prototypes.safetensors")["prototypes"], prior
     assert made.shape == (127, 64)
     last = stored_of(hybrid)
     for state in (last["model"], last["model_ema"], best_of(hybrid), load_file(hybrid / "teacher/heads.safetensors")):
         assert state["label_head.weight"].numpy().tobytes() == made.numpy().tobytes()
-        assert not state["label_head.bias"].any()
+        assert torch.equal(state["label_head.bias"], bias) and bias.any()
 
 
-def test_trained_prototypes_move(data, tmp_path) -> None:
+def test_trained_prototypes_move(data, prior, tmp_path) -> None:
     assert pretrain(tmp_path / "run", csv=data, epochs="1", prototype_mode="trainable") == 0
     made, model = load_file(tmp_path / "run/prototypes.safetensors")["prototypes"], stored_of(tmp_path / "run")["model"]
-    assert (model["label_head.weight"] != made).any() and model["label_head.bias"].any()
+    assert (model["label_head.weight"] != made).any() and (model["label_head.bias"] != prior).any()
 
 
-def test_prototypes_move_after_their_warmup(data, tmp_path) -> None:
+def test_prototypes_move_after_their_warmup(data, prior, tmp_path) -> None:
     """To the bit as they were for one epoch, then trained."""
     out, words = tmp_path / "run", {"prototype_mode": "warmup", "prototype_warmup_epochs": "1"}
     assert pretrain(out, csv=data, max_updates="3", **words) == 0
     made, before = load_file(out / "prototypes.safetensors")["prototypes"], stored_of(out)["model"]
-    assert torch.equal(before["label_head.weight"], made) and not before["label_head.bias"].any()
+    assert torch.equal(before["label_head.weight"], made) and torch.equal(before["label_head.bias"], prior)
     assert pretrain(out, csv=data, **words) == 0
     after = stored_of(out)["model"]
-    assert (after["label_head.weight"] != made).any() and after["label_head.bias"].any()
+    assert (after["label_head.weight"] != made).any() and (after["label_head.bias"] != prior).any()
 
 
 # ---------------------------------------------------------------------------------------------- what the teacher is for

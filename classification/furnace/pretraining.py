@@ -116,16 +116,18 @@ def patch_size_of(backbone: torch.nn.Module) -> int:
     return backbone.patch_embed.patch_size[0]
 
 
-def build_model(backbone: torch.nn.Module, vectors: torch.Tensor | None, options: PretrainingOptions) -> DinoModel:
+def build_model(backbone: torch.nn.Module, vectors: torch.Tensor | None, options: PretrainingOptions,
+                bias: torch.Tensor | None = None) -> DinoModel:
     """Student with heads; those of the backbone's own file where it has some of these sizes.
 
     Args:
         backbone: from ``build_backbone``.
         vectors: (C, D) of the label head, None without labels.
         options: the rest.
+        bias: (C,) of the label head; None: 0.
     """
     head = None if vectors is None else PrototypeHead(vectors, trainable=options.prototype_mode != "frozen",
-                                                      temperature=options.label_temperature)
+                                                      temperature=options.label_temperature, bias=bias)
     model = create_dino(backbone, name=options.model, prototypes=options.head_n_prototypes,
                         hidden=options.head_hidden_dim, bottleneck=options.head_bottleneck_dim, label_head=head,
                         drop_path=options.drop_path, seed=options.seed)
@@ -167,6 +169,13 @@ def label_vectors(backbone: torch.nn.Module, data: PretrainingData, options: Pre
         return project(vectors, width, seed=options.seed)
 
     return distributed.on_main(make)
+
+
+def label_bias(data: PretrainingData, options: PretrainingOptions) -> torch.Tensor | None:
+    """(C,) what the label head's bias is at first: the classes' log odds among the labelled images, or None for 0."""
+    if data.labels is None or options.label_bias == "zero":
+        return None
+    return torch.from_numpy(data.labels.log_odds())
 
 
 def _stored_vectors(folder: Path, classes: int) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from furnace.command_line import (
     positive,
     share,
 )
-from furnace.pretraining_options import LABEL_SOURCES, MODES
+from furnace.pretraining_options import BIASES, LABEL_SOURCES, MODES
 from furnace.runtime.files import UserError
 from furnace.training_arguments import add_checkpoint_options, add_training_machine_options
 
@@ -140,6 +140,9 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prototype_warmup_epochs", type=not_negative, default=10.0, help="of --prototype_mode warmup")
     group.add_argument("--label_temperature", type=positive, default=None,
                        help="logits are cosines over this temperature; left out, products with the class token")
+    group.add_argument("--label_bias", choices=BIASES, default="prior",
+                       help="where the logits' bias starts (and stays with --prototype_mode frozen): the classes' log "
+                            "odds among the labelled images, or 0, as published")
 
 
 def _add_course(parser: argparse.ArgumentParser) -> None:

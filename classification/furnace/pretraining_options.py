@@ -13,6 +13,7 @@ from furnace.runtime.batch_plan import BatchPlan, plan_batches
 from furnace.runtime.optim import Schedules, cosine_schedule
 
 LABEL_SOURCES = ("text", "class_mean", "orthogonal", "random")
+BIASES = ("prior", "zero")
 MODES = ("frozen", "trainable", "warmup")
 REFERENCE_BATCH = 1024  # images of an update at which the learning rate is --base_lr
 
@@ -44,6 +45,7 @@ class PretrainingOptions:
     prototype_lr: float
     prototype_warmup_epochs: float
     label_temperature: float | None
+    label_bias: str
     dino_loss_weight: float
     ibot_loss_weight: float
     koleo_loss_weight: float

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from furnace.data import image_labels
 from furnace.data.image_labels import ImageLabels, encode_labels
 from furnace.data.ontology import Ontology, fold, read_ontology
 from furnace.data.problems import ManifestError, Problem
@@ -210,6 +211,19 @@ def test_rows_follow_the_indices(tree: Ontology) -> None:
     assert labels.rows([0]).max() == 1
     with pytest.raises(ValueError, match="read-only"):
         labels.classes[0] = 1
+
+
+@pytest.mark.parametrize("chunk", [4096, 1, 2])
+def test_log_odds_count_the_known_alone(tree: Ontology, monkeypatch, chunk: int) -> None:
+    """Of the states that ``test_states_with_ancestors`` spells out: present + 1 against absent + 1, class by class."""
+    monkeypatch.setattr(image_labels, "CHUNK", chunk)
+    labels, _ = encode(tree, ("lm", "fitz"), ("mel", "fitz"), ("mel", "ham"), ("nv", "ham"), ("acne", "fitz"),
+                       ("", "fitz"), (None, None), ("mel;lm", "fitz"), ("tumour", "coarse"))
+    present, absent = np.array([6, 4, 2, 0, 1, 1, 1]), np.array([0, 2, 1, 3, 1, 0, 3])
+    assert labels.log_odds().dtype == np.float32
+    np.testing.assert_allclose(labels.log_odds(), np.log((present + 1) / (absent + 1)), rtol=1e-6)
+    nothing, _ = encode(tree, ("", "fitz"), (None, None))
+    assert not nothing.log_odds().any()
 
 
 def test_purely_unlabelled(tree: Ontology) -> None:

@@ -480,6 +480,9 @@ def test_head_is_linear_or_a_cosine() -> None:
     near(plain(x), [[[7.0, 9.0]], [[-3.0, -3.4]]])
     near(cosine(x), [[[7.0, 9.0]], [[-9.0, -7.0]]], 1e-5)
     assert cosine(torch.zeros(1, 2)).tolist() == [[1.0, -1.0]]
+    given = PrototypeHead(vectors, trainable=False, temperature=None, bias=(start := torch.tensor([0.5, -2.0])))
+    near(given(x), [[[3.5, 3.0]], [[-1.5, -3.2]]])
+    assert not given.bias.requires_grad and given.bias.data_ptr() != start.data_ptr()
     assert set(plain.state_dict()) == {"weight", "bias"} and plain(x[:, :0]).shape == (2, 0, 2)
     assert torch.equal(vectors, torch.tensor([[1.0, 0.0], [0.6, 0.8]]))  # a copy was trained
 
@@ -540,6 +543,9 @@ def test_head_refuses() -> None:
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature is above 0"):
             PrototypeHead(good, trainable=False, temperature=temperature)
+    for bias in (torch.zeros(4), torch.zeros(3, 1), torch.tensor([0.0, math.nan, 0.0])):
+        with pytest.raises(ValueError, match="not a finite number for each of 3 classes"):
+            PrototypeHead(good, trainable=False, temperature=None, bias=bias)
     with pytest.raises(ValueError, match=r"features of width 7 do not fit prototypes of 8: .* project\(\)"):
         PrototypeHead(good, trainable=False, temperature=None)(torch.zeros(2, 7))
 

@@ -15,6 +15,8 @@ from furnace.data.multilabel import SEPARATOR
 from furnace.data.ontology import Ontology, fold
 from furnace.data.problems import PRINTED, Problem
 
+CHUNK = 4096  # images whose dense rows are made at a time
+
 
 @dataclass(frozen=True, eq=False)
 class ImageLabels:
@@ -70,6 +72,16 @@ class ImageLabels:
             at, below = np.nonzero(self.ontology.ancestors.T[self.classes[entry]])
             known[row[at], below] = False
         return known
+
+    def log_odds(self) -> np.ndarray:
+        """(K,) float32: ln((present + 1) / (absent + 1)) of each class over the images where it is known."""
+        present, absent = np.ones(len(self.ontology)), np.ones(len(self.ontology))
+        for start in range(0, len(self), CHUNK):
+            indices = np.arange(start, min(start + CHUNK, len(self)))
+            targets, known = self.rows(indices) > 0, self.known(indices)
+            present += (known & targets).sum(axis=0)
+            absent += (known & ~targets).sum(axis=0)
+        return np.log(present / absent).astype(np.float32)
 
     def _entries(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(E',) places in ``indices`` and (E',) places in ``classes`` of all labels of these images."""

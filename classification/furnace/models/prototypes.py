@@ -291,18 +291,20 @@ def _mend(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- the head
 
 class PrototypeHead(nn.Module):
-    """A linear layer: ``weight`` (K, D) is the prototypes, ``bias`` (K,) starts at 0; for ``ssl_losses.masked_bce``.
+    """A linear layer: ``weight`` (K, D) is the prototypes; for ``ssl_losses.masked_bce``.
 
     Computed in float32 whatever comes in, also under autocast.
     """
 
-    def __init__(self, vectors: torch.Tensor, *, trainable: bool, temperature: float | None) -> None:
+    def __init__(self, vectors: torch.Tensor, *, trainable: bool, temperature: float | None,
+                 bias: torch.Tensor | None = None) -> None:
         """
         Args:
             vectors: (K, D), rows of length 1, D the width of the features; copied.
             trainable: False keeps weight and bias as they are, as published.
             temperature: None: the logit is x . w + b, as published, x as long as it is. A number: the cosine of x and w
                 divided by it, + b.
+            bias: (K,) its start; None: 0, as published.
 
         Raises:
             ValueError: no such rows, or no temperature above 0.
@@ -315,7 +317,11 @@ class PrototypeHead(nn.Module):
         self.temperature = temperature
         weight = vectors.detach().to(torch.float32, copy=True).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=trainable)
-        self.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=trainable)
+        start = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(torch.float32, copy=True)
+        if start.shape != (len(weight),) or not start.isfinite().all():
+            raise ValueError(f"a bias of shape {tuple(start.shape)} is not a finite number for each of {len(weight)} "
+                             "classes")
+        self.bias = nn.Parameter(start, requires_grad=trainable)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (..., D) -> logits (..., K) float32."""
