@@ -27,10 +27,14 @@ from furnace.runtime.files import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
-GROUPS = {"start": [f"start_{s}" for s in SEEDS], "ss": [f"ss_{s}" for s in SEEDS],
-          "hybrid": [f"hybrid_{s}" for s in SEEDS], **{name: [f"{name}_0"] for name in ("shuffled", "orthogonal", "zero", "labels")}}
-JOBS = [job for s in SEEDS for job in (f"start_{s}", f"ss_{s}", f"hybrid_{s}")]
-JOBS += ["shuffled_0", "orthogonal_0", "zero_0", "labels_0"]
+OWN = {  # options of each kind of job; the untrained start is that of the first update, whose rate is 0
+    "start": ["--max_updates", "1"], "ss": ["--label_loss_weight", "0"], "hybrid": [], "shuffled": [],
+    "orthogonal": ["--prototypes", "orthogonal"], "zero": ["--label_bias", "zero"],
+    "labels": ["--dino_loss_weight", "0", "--ibot_loss_weight", "0", "--koleo_loss_weight", "0"]}
+GROUPS = {kind: [f"{kind}_{s}" for s in (SEEDS if kind in ("start", "ss", "hybrid") else SEEDS[:1])] for kind in OWN}
+JOBS = [job for jobs in GROUPS.values() for job in jobs]
+PAIRS = (("start", "ss"), ("ss", "hybrid"), ("start", "hybrid"), ("ss", "shuffled"), ("shuffled", "hybrid"),
+         ("orthogonal", "hybrid"), ("zero", "hybrid"), ("labels", "hybrid"))
 SIZE = "70"
 RESAMPLES = 2000
 
@@ -64,15 +68,11 @@ def script(name: str, *words: str, threads: int) -> None:
 def pretrain(job: str, data: Path, output: Path, more: list[str], threads: int) -> Path:
     """The teacher's folder."""
     kind, seed = job.rsplit("_", 1)
-    own = {"ss": ["--label_loss_weight", "0"], "orthogonal": ["--prototypes", "orthogonal"], "zero": ["--label_bias", "zero"],
-           "labels": [word for part in ("dino", "ibot", "koleo") for word in (f"--{part}_loss_weight", "0")]}.get(kind, [])
-    if kind == "start":
-        own = ["--max_updates", "1"]  # the first update, whose rate is 0
     script("pretraining/run.py", "-c", str(ROOT / "pretraining/configs/ham_cpu.yaml"), "--seed", seed,
            "--data_csv", str(output / ("shuffled.csv" if kind == "shuffled" else "pretrain.csv")),
            "--root_path", str(data), "--ontology", str(ROOT / "pretraining/configs/dermatology.csv"),
            "--text_encoder", encoder(), "--eval_csv", str(data / "metadata.csv"), "--num_workers", "0",
-           "--output_dir", str(output / job), *own, *more, threads=threads)
+           "--output_dir", str(output / job), *OWN[kind], *more, threads=threads)
     return output / job / "teacher"
 
 
@@ -128,8 +128,7 @@ def compare(file: Path) -> str:
             spread = f"SD {scores.std(ddof=1):.4f}" if len(scores) > 1 else "one seed"
             lines.append(f"{how} bacc {group}: {scores.mean():.4f} [{low:.4f}, {high:.4f}], {spread} "
                          f"({', '.join(f'{score:.4f}' for score in scores)})")
-        for first, second in (("start", "ss"), ("ss", "hybrid"), ("start", "hybrid"), ("ss", "shuffled"),
-                              ("orthogonal", "hybrid"), ("shuffled", "hybrid"), ("zero", "hybrid"), ("labels", "hybrid")):
+        for first, second in PAIRS:
             if first in values and second in values:
                 seeds = min(len(values[first]), len(values[second]))  # one seed against the same seed
                 draw = resampled[second][:, :seeds].mean(axis=1) - resampled[first][:, :seeds].mean(axis=1)
