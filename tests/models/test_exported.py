@@ -75,6 +75,21 @@ def test_both_read_what_was_written(tmp_path, case: str, one_thread) -> None:
     assert ours.recipe["arguments"] == {**ARGUMENTS, "img_size": size, **options}
 
 
+def test_half_precision_in_the_file(tmp_path, one_thread) -> None:
+    """Half the bytes; the loaded model computes in float32 with the rounded numbers, at other sizes, too."""
+    model = backbone_of()
+    whole = exported(tmp_path / "whole", model)
+    rounded = {key: value.half().float() for key, value in model.state_dict().items()}
+    half = exported(tmp_path / "half", model.half())
+    files = [(folder / "model.safetensors").stat().st_size for folder in (half, whole)]
+    assert 0.45 < files[0] / files[1] < 0.55 and load_file(half / "model.safetensors")["cls_token"].dtype == torch.half
+    loaded = create_backbone(str(half), input_size=64)
+    assert all(value.dtype == torch.float32 and torch.equal(value, rounded[key])
+               for key, value in loaded.state_dict().items())
+    larger = create_backbone(str(half), input_size=96)(torch.randn(2, 3, 96, 96))
+    assert larger.dtype == torch.float32 and larger.isfinite().all()
+
+
 def test_config_says_what_timm_and_a_reader_need(tmp_path) -> None:
     """Every key that the format has, and ours; the tensors are the backbone's, bit for bit."""
     model = backbone_of(drop_path_rate=0.2)
