@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from furnace.data.images import DECODE_ERRORS, load_rgb
 from furnace.data.manifest import ROW, Manifest
@@ -20,6 +19,7 @@ from furnace.data.transforms import Transform
 from furnace.runtime import distributed
 from furnace.runtime.batch_plan import BatchPlan
 from furnace.runtime.files import ProcessError, UserError
+from furnace.runtime.progress import progress
 from furnace.runtime.seeding import seed_of, seeded
 
 # Images per loaded batch at most; --batch_size is an upper bound. A published batch of 1000 with 16 workers would hold
@@ -231,8 +231,8 @@ def broken_files(manifest: Manifest) -> list[tuple[int, Path, str]]:
     """Decode every image, with threads; returns (row of the CSV, path, reason) of those that cannot be decoded."""
     paths = [manifest.path_of(i) for i in range(len(manifest))]
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        reasons = list(tqdm(pool.map(_reason, paths), total=len(paths), unit="image", desc="decoding",
-                            disable=not distributed.is_main()))
+        reasons = list(progress(pool.map(_reason, paths), total=len(paths), unit="image", desc="decoding",
+                                disable=not distributed.is_main()))
     return [(int(row), path, reason) for row, path, reason in zip(manifest.frame[ROW], paths, reasons, strict=True)
             if reason is not None]
 

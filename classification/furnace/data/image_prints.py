@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from furnace.data.datasets import decode, refuse_broken
 from furnace.data.images import load_rgb
 from furnace.data.manifest import Manifest
 from furnace.runtime import distributed
+from furnace.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def image_prints(manifest: Manifest, *, workers: int | None = None) -> Prints:
     thumbnails = np.zeros((len(paths), SIDE, SIDE), dtype=np.uint8)
     digests, broken = np.zeros(len(paths), dtype="S32"), []
     with ThreadPoolExecutor(max_workers=threads(workers)) as pool:
-        prints = tqdm(pool.map(lambda path: decode(_print, path), paths), total=len(paths), unit="image",
-                      desc=f"hashing {manifest.name}", disable=not distributed.is_main())
+        prints = progress(pool.map(lambda path: decode(_print, path), paths), total=len(paths), unit="image",
+                          desc=f"hashing {manifest.name}", disable=not distributed.is_main())
         for i, (found, reason) in enumerate(prints):
             if reason is not None:
                 broken.append((i, reason))

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from furnace.data.image_prints import FLAT, ORIENTATIONS, PIECE, Prints, confirm, image_prints, threads
 from furnace.data.manifest import Manifest
 from furnace.data.unlabelled import read_images
 from furnace.runtime import distributed
 from furnace.runtime.files import UserError
+from furnace.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,8 @@ def _near(a: Prints, b: Prints | None, firsts_a: list[int], firsts_b: list[int],
 
     starts = range(0, len(rows), ROWS)
     with ThreadPoolExecutor(max_workers=threads(workers)) as pool:
-        blocks = tqdm(pool.map(search, starts), total=len(starts), unit=f" x {ROWS} images", desc="comparing",
-                      leave=False, disable=len(starts) < 100 or not distributed.is_main())
+        blocks = progress(pool.map(search, starts), total=len(starts), unit=f" x {ROWS} images", desc="comparing",
+                          leave=False, disable=len(starts) < 100 or not distributed.is_main())
         return [pair for block in blocks for pair in block]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from furnace.data.datasets import build_loader, refuse_broken, subset_loader
 from furnace.data.manifest import Manifest
@@ -18,6 +17,7 @@ from furnace.evaluation.feature_cache import ChunkWriter, FeatureCache, image_ke
 from furnace.runtime import distributed
 from furnace.runtime.files import ProcessError, UserError
 from furnace.runtime.precision import autocast, pick_device, prepare_for_inference, resolve_amp_dtype
+from furnace.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ def _run(backbone: torch.nn.Module, loader: DataLoader, device: torch.device, am
     forward = SteadyForward(backbone, loader.batch_size)
     broken: list[tuple[int, str]] = []
     done = 0
-    with (tqdm(total=len(loader.sampler), unit="image", desc=description, disable=not distributed.is_main(),
-               smoothing=0.1) as bar, autocast(device, amp_dtype)):
+    with (progress(total=len(loader.sampler), unit="image", desc=description, disable=not distributed.is_main(),
+                   smoothing=0.1) as bar, autocast(device, amp_dtype)):
         for batch in loader:
             broken += batch.broken
             if batch.images is not None and not broken:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+
+from furnace.runtime.progress import progress
 
 TRAIN_BLOCK, QUERY_BLOCK = 16_384, 1024  # rows that are compared at a time: 64 MB of similarities
 TEMPERATURE = 0.07
@@ -46,7 +47,7 @@ def nearest_neighbours(train: np.ndarray, queries: np.ndarray, k: int, *, exclud
     device = compute_device(device)
     indices = torch.full((len(queries), k), -1, dtype=torch.int64)
     values = torch.full((len(queries), k), -torch.inf)
-    with tqdm(total=len(train), unit="image", desc="neighbours", delay=5, leave=False) as bar:
+    with progress(total=len(train), unit="image", desc="neighbours", delay=5, leave=False) as bar:
         for first, rows in blocks(train, TRAIN_BLOCK, device):
             rows = F.normalize(rows)
             for start, some in blocks(queries, QUERY_BLOCK, device):

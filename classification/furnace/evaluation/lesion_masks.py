@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from furnace.data.class_names import some
 from furnace.data.datasets import refuse_broken
@@ -26,6 +25,7 @@ from furnace.models.segmenter import SegmentationModel, resize_segmenter
 from furnace.runtime import distributed
 from furnace.runtime.files import UserError
 from furnace.runtime.precision import autocast, prepare_for_inference
+from furnace.runtime.progress import progress
 
 THRESHOLD = 0.5
 FLIPS = ((), (3,), (2,), (2, 3))  # axes of (B, C, H, W): none, left and right, up and down, both
@@ -98,7 +98,7 @@ def lesion_masks(model: SegmentationModel, manifest: Manifest, how: Masking, *, 
         how.batch_size if how.window else loader.batch_size) for size in sizes]
     broken: list[tuple[int, str]] = []
     bad: list[int] = []
-    with tqdm(total=len(loader.sampler), unit="image", desc=description, disable=not distributed.is_main()) as bar:
+    with progress(total=len(loader.sampler), unit="image", desc=description, disable=not distributed.is_main()) as bar:
         for batch in loader:
             broken += batch.broken
             if batch.photos and not broken:

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from furnace.data.manifest import Manifest
 from furnace.evaluation.knn import Groups, blocks, check_features, compute_device, nearest_neighbours, same_group
 from furnace.evaluation.sheets import RIGHT, WRONG, Tile, image_sheet
 from furnace.evaluation.statistics import resampling_for, resampling_weights, too_few_draws
+from furnace.runtime.progress import progress
 
 NAMES = ("recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "ndcg_at_10")
 RANKS, DEPTH = (1, 5, 10), 10
@@ -115,7 +115,7 @@ def retrieval_scores(gallery: np.ndarray, gallery_labels: np.ndarray, queries: n
     labels, wanted = (torch.from_numpy(np.array(y, dtype=np.int64)).to(device) for y in (gallery_labels, query_labels))
     norms = torch.cat([rows.norm(dim=1) for _, rows in blocks(gallery, GALLERY_BLOCK, device)]).clamp(min=1e-12)
     scores = {name: np.full(len(queries), np.nan) for name in NAMES}
-    with tqdm(total=len(queries), unit="query", desc="retrieval", delay=5, leave=False) as bar:
+    with progress(total=len(queries), unit="query", desc="retrieval", delay=5, leave=False) as bar:
         for start, some in blocks(queries, max(1, CELLS // len(gallery)), device):
             some, here = F.normalize(some), slice(start, start + len(some))
             similarities = torch.cat([some @ rows.T for _, rows in blocks(gallery, GALLERY_BLOCK, device)], dim=1)

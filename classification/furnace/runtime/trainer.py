@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from furnace.runtime import distributed
 from furnace.runtime.batch_plan import BatchPlan
@@ -33,6 +32,7 @@ from furnace.runtime.files import UserError
 from furnace.runtime.fit_options import FitOptions as FitOptions
 from furnace.runtime.optim import Schedules, set_values
 from furnace.runtime.precision import autocast
+from furnace.runtime.progress import progress
 from furnace.runtime.run_directory import RunDirectory
 from furnace.runtime.seeding import seed_all
 from furnace.runtime.train_state import TrainState
@@ -144,8 +144,8 @@ class _Fit:
         self.loader.sampler.set_position(state.epoch, first)
         train_mode(self.runner, state.model)
         began = time.perf_counter()
-        with tqdm(total=plan.draws_per_epoch, initial=first * plan.per_update, unit="image",
-                  desc=f"epoch {state.epoch + 1}/{self.options.epochs}", disable=not distributed.is_main()) as bar:
+        with progress(total=plan.draws_per_epoch, initial=first * plan.per_update, unit="image",
+                      desc=f"epoch {state.epoch + 1}/{self.options.epochs}", disable=not distributed.is_main()) as bar:
             batches = iter(self.loader) if first < plan.steps_per_epoch else iter(())
             for number in range(first + 1, plan.steps_per_epoch + 1):
                 self.busy = True
