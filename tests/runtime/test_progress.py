@@ -18,7 +18,7 @@ def states(stderr: io.StringIO, monkeypatch) -> int:
     """How often a bar of 20 steps of 15 ms is drawn."""
     monkeypatch.setattr(sys, "stderr", stderr)
     assert list(progress(time.sleep(0.015) or i for i in range(20))) == list(range(20))
-    return stderr.getvalue().count("/20 [")
+    return stderr.getvalue().count("it [")
 
 
 def test_a_file_gets_the_beginning_and_the_end(monkeypatch) -> None:
