@@ -80,7 +80,8 @@ def evaluate(job: str, teacher: Path, data: Path, output: Path, threads: int) ->
     """Predictions of the official test images by a linear probe and by neighbours."""
     for name, folder in (("linear_eval.py", "probe"), ("knn_eval.py", "knn")):
         script(f"classification/{name}", "--model", str(teacher), "--input_size", SIZE, "--nb_classes", "7",
-               "--csv_path", str(data / "metadata.csv"), "--amp_dtype", "fp32", "--no_cache", "--num_workers", "0",
+               "--csv_path", str(data / "metadata.csv"), "--amp_dtype", "fp32", "--num_workers", "0",
+               "--cache_dir", str(output / "cache"),
                "--output_dir", str(output / "evaluations" / job / folder), threads=threads)
 
 

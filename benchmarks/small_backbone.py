@@ -1,4 +1,4 @@
-"""The small backbone of this repository (pretrain_weight/derm_small): its start, its pretraining, its metrics.
+"""A small backbone, continued from a permissively licensed start: its start, its pretraining, its metrics.
 
     python benchmarks/small_backbone.py --data HAM10000_224 --output_dir OUT [--threads 2] [--ship FOLDER]
 

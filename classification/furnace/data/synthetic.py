@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
+
+from furnace.runtime.progress import progress
 
 CSV_NAME, README_NAME, DRAWING_VERSION = "synthetic_lesions.csv", "README.txt", 1
 SITES = ("face", "scalp", "neck", "chest", "back", "abdomen", "upper arm", "forearm", "thigh", "lower leg")
@@ -333,7 +334,7 @@ def draw_demo_data_set(output: str | Path, *, images: int = 600, size: int = 256
     workers = min(workers or cpus, len(jobs) // 4 + 1)
     with ProcessPoolExecutor(workers) as pool:  # starts no process before it is used
         done = pool.map(_draw, jobs, chunksize=4) if workers > 1 else map(_draw, jobs)
-        list(tqdm(done, total=len(jobs), desc="Drawing synthetic lesions", unit="image", disable=None))
+        list(progress(done, total=len(jobs), desc="Drawing synthetic lesions", unit="image", disable=None))
     _write(csv_path, csv)
     return csv_path
 

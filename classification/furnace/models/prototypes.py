@@ -307,7 +307,7 @@ class PrototypeHead(nn.Module):
             bias: (K,) its start; None: 0, as published.
 
         Raises:
-            ValueError: no such rows, or no temperature above 0.
+            ValueError: no such rows, no temperature above 0, or a bias that is not a finite number for each class.
         """
         super().__init__()
         if vectors.ndim != 2 or not (vectors.float().norm(dim=1) - 1).abs().le(1e-3).all():  # NaN is not, either
