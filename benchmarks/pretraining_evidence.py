@@ -6,11 +6,12 @@
 label.
 Jobs: ``start_S`` (untrained), ``ss_S`` (self-supervised: the labels' weight is 0), ``hybrid_S``, each of seeds 0, 1, 2,
 and of seed 0 ``shuffled`` (labels exchanged at random among the labelled images), ``orthogonal`` (orthonormal
-prototypes instead of the names' text vectors), ``zero`` (the label head's bias at 0, as published) and ``labels`` (the
-labels' loss alone). Each pretrains by ``pretraining/configs/ham_cpu.yaml``; its teacher is
-evaluated by ``linear_eval.py`` and ``knn_eval.py`` at the crops' size: fitted on train, tested on the official test
-images. Finished parts are not done again, so that jobs can be shared out between processes and sittings. Predictions of
-finished jobs are kept in ``--predictions``, a column each; the comparison is of all that stand there.
+prototypes instead of the names' text vectors), ``zero`` (the label head's bias at 0, as published), ``labels`` (the
+labels' loss alone), ``ss_long`` and ``hybrid_long`` (three times the epochs). Each pretrains by
+``pretraining/configs/ham_cpu.yaml``; its teacher is evaluated by ``linear_eval.py`` and ``knn_eval.py`` at the crops'
+size: fitted on train, tested on the official test images. Finished parts are not done again, so that jobs can be shared
+out between processes and sittings. Predictions of finished jobs are kept in ``--predictions``, a column each; the
+comparison is of all that stand there.
 """
 
 import argparse
@@ -30,11 +31,13 @@ SEEDS = (0, 1, 2)
 OWN = {  # options of each kind of job; the untrained start is that of the first update, whose rate is 0
     "start": ["--max_updates", "1"], "ss": ["--label_loss_weight", "0"], "hybrid": [], "shuffled": [],
     "orthogonal": ["--prototypes", "orthogonal"], "zero": ["--label_bias", "zero"],
-    "labels": ["--dino_loss_weight", "0", "--ibot_loss_weight", "0", "--koleo_loss_weight", "0"]}
+    "labels": ["--dino_loss_weight", "0", "--ibot_loss_weight", "0", "--koleo_loss_weight", "0"],
+    "ss_long": ["--label_loss_weight", "0", "--epochs", "18"], "hybrid_long": ["--epochs", "18"]}
 GROUPS = {kind: [f"{kind}_{s}" for s in (SEEDS if kind in ("start", "ss", "hybrid") else SEEDS[:1])] for kind in OWN}
 JOBS = [job for jobs in GROUPS.values() for job in jobs]
 PAIRS = (("start", "ss"), ("ss", "hybrid"), ("start", "hybrid"), ("ss", "shuffled"), ("shuffled", "hybrid"),
-         ("orthogonal", "hybrid"), ("zero", "hybrid"), ("labels", "hybrid"))
+         ("orthogonal", "hybrid"), ("zero", "hybrid"), ("start", "labels"), ("labels", "hybrid"),
+         ("ss", "ss_long"), ("hybrid", "hybrid_long"), ("ss_long", "hybrid_long"))
 SIZE = "70"
 RESAMPLES = 2000
 
@@ -59,8 +62,8 @@ def encoder() -> str:
 
 
 def script(name: str, *words: str, threads: int) -> None:
-    """Run an entry script, as a user does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+    """Run an entry script, as a user does; the fused attention's backward pass is slow in bf16 on a CPU."""
+    environment = {"TIMM_FUSED_ATTN": "0", **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                    "PYTHONPATH": str(ROOT / "classification")}
     subprocess.run([sys.executable, str(ROOT / name), *words], check=True, env=environment)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from furnace.arguments import extract_features_parser, extraction_of
+from furnace.arguments import extract_features_parser, extraction_of, settle_input_size
 from furnace.command_line import entry_point, logger, parse
 from furnace.data.manifest import Manifest
 from furnace.data.unlabelled import read_images
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                            report_folder=args.output.parent if distributed.is_main() else None)
     table = image_table(manifest)
     check_pictures(args, table)
+    settle_input_size(args)
     backbone = create_backbone(args.model, args.pretrained_checkpoint, input_size=args.input_size, seed=args.seed)
     if args.attention:
         require_attention(backbone)

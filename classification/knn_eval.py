@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from furnace.arguments import extraction_of, knn_eval_parser
+from furnace.arguments import extraction_of, knn_eval_parser, settle_input_size
 from furnace.command_line import entry_point, logger, parse
 from furnace.data.manifest import Manifest, read_manifest
 from furnace.evaluation.features import backbone_features
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                              report_folder=args.output_dir if distributed.is_main() else None)
     check_options(args, manifest)
     how = extraction_of(args)
+    settle_input_size(args)
     backbone = create_backbone(args.model, args.pretrained_checkpoint, input_size=args.input_size, seed=args.seed)
     run = distributed.on_main(lambda: open_evaluation_run(TASK, vars(args), manifest, backbone.provenance))
     results = distributed.on_main(run.read_results)

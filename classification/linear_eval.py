@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from furnace.arguments import extraction_of, linear_eval_parser
+from furnace.arguments import extraction_of, linear_eval_parser, settle_input_size
 from furnace.command_line import entry_point, logger, parse
 from furnace.data.external import read_external, warn_of_shared_images
 from furnace.data.manifest import Manifest, read_manifest
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subsets = draw_subsets(manifest, settings, args.percent_mode)
     needed = needed_images(manifest, subsets)
     how = extraction_of(args)
+    settle_input_size(args)
     backbone = create_backbone(args.model, args.pretrained_checkpoint, input_size=args.input_size, seed=args.seed)
     outside = {"external": external and f"{external.sha256} {external.images_digest}"}
     run = distributed.on_main(lambda: open_evaluation_run(

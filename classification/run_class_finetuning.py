@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from furnace.arguments import settle_input_size
 from furnace.command_line import entry_point, logger, parse
 from furnace.data.datasets import require_decodable
 from furnace.data.external import read_external, warn_of_shared_images
@@ -61,11 +62,13 @@ TEST_OPTIONS = {"model", "amp_dtype", "TTA", "tta_views", "seed", "bootstrap", "
 def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tune or test; returns the exit code."""
     args = parse(finetuning_parser(), argv)
+    asked_size = args.input_size
+    settle_input_size(args)
     given = dict(vars(args))  # args.yaml says what was asked for, so that -c args.yaml --seed 5 means it
     settle_options(args)
     manifest, external = read_data(args)
     if args.eval:
-        return test_checkpoint(args, given, manifest, external)
+        return test_checkpoint(args, given, manifest, external, asked_size)
     options = FinetuningOptions(**{field.name: getattr(args, field.name)
                                    for field in dataclasses.fields(FinetuningOptions)})
     settings = settings_of(args.seeds, args.folds)
@@ -192,13 +195,13 @@ def finetune(run: RunDirectory, setting: dict[str, Any], model: nn.Module, train
 
 
 def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: Manifest,
-                    external: Manifest | None) -> int:
-    """``--eval``: test the checkpoint of ``--resume``."""
+                    external: Manifest | None, asked_size: int | None) -> int:
+    """``--eval``: test the checkpoint of ``--resume``; ``asked_size`` is ``--input_size`` where it was given."""
     classifier = load_classifier(args.resume)
     check_fit(classifier, manifest, model=args.model)
     own = classifier.data_config["input_size"][-1]
-    if args.input_size not in (own, finetuning_parser().get_default("input_size")):
-        raise UserError(f"--input_size {args.input_size}: {args.resume} was trained with images of {own} pixels")
+    if asked_size not in (own, None):
+        raise UserError(f"--input_size {asked_size}: {args.resume} was trained with images of {own} pixels")
     if args.pretrained_checkpoint:
         logger.info("--pretrained_checkpoint is not read with --eval: %s has all weights", args.resume)
     if args.amp_dtype != "auto":

@@ -102,11 +102,13 @@ def read_data(args: argparse.Namespace) -> tuple[PretrainingData, HeldOut]:
     data = read_pretraining(args.data_csv, args.root_path, ontology=args.ontology,
                             label_ancestors=args.label_ancestors, strict_labels=not args.lenient_labels,
                             report_folder=args.output_dir)
-    held_out = read_held_out(args.eval_csv, args.eval_root, data.manifest, seed=args.seed, folder=args.output_dir)
+    with own_option_names({"--root_path": "--eval_root"}):
+        held_out = read_held_out(args.eval_csv, args.eval_root, data.manifest, seed=args.seed, folder=args.output_dir)
     if args.forbid_overlap:
         roots = args.forbid_overlap_root
-        forbid_overlap(data.manifest, args.forbid_overlap, report_folder=args.output_dir,
-                       roots=roots * len(args.forbid_overlap) if roots and len(roots) == 1 else roots)
+        with own_option_names({"--root_path": "--forbid_overlap_root"}):
+            forbid_overlap(data.manifest, args.forbid_overlap, report_folder=args.output_dir,
+                           roots=roots * len(args.forbid_overlap) if roots and len(roots) == 1 else roots)
     return data, held_out
 
 
@@ -159,7 +161,8 @@ def report(results: dict[str, Any]) -> None:
     if not distributed.is_main():
         return
     values = {**results["losses"], **{name: entry["value"]
-                                      for name, entry in results["splits"]["val"]["metrics"].items()}}
+                                      for split in results["splits"].values()
+                                      for name, entry in split["metrics"].items()}}
     logger.info("%d updates on %d images (%d labelled): %s; the teacher is %s", results["updates"],
                 results["train_images"], results["labelled_images"],
                 ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None),

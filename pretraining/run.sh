@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Hybrid pretraining with a configuration of this folder. Edit, or set:
 #   CONFIG=... DATA_CSV=... OUTPUT_DIR=... bash run.sh [options]
+# Paths are relative to the repository's root; CONFIG may also be relative to this folder.
 # With several GPUs: LAUNCH="torchrun --nproc_per_node 8" CONFIG=configs/dermino_base.yaml bash run.sh
 set -euo pipefail
 cd -P "$(dirname "$0")/.."

@@ -120,6 +120,14 @@ def test_labels_without_an_ontology(tmp_path, csv, refused) -> None:
     assert pretrain(tmp_path / "run", csv=without, ontology=None, **QUICK) == 0
 
 
+def test_labels_written_otherwise(tmp_path, csv, refused) -> None:
+    """Commas between labels, and another column's name."""
+    commas = changed(csv, lambda table: table.assign(labels=table["labels"].where(table.index != 2, "nv, mel")))
+    assert "write 'nv;mel' for several labels" in refused(tmp_path / "run", csv=commas)
+    one = changed(csv, lambda table: table.rename(columns={"labels": "label"}))
+    assert "label holds one class number, and is not read" in refused(tmp_path / "run", csv=one)
+
+
 def test_label_outside_the_ontology(tmp_path, csv, refused, caplog) -> None:
     """Refused with what it may have meant; --lenient_labels trains on the image without it."""
     odd = changed(csv, lambda table: table.assign(labels=table["labels"].where(table.index != 2, "melanome")))

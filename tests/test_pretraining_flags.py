@@ -190,7 +190,9 @@ def check_eval(world: World) -> None:
         got = world.reach(*words)
         found = got.evaluate(got.state.model.eval())
         assert found.keys() == {"knn_acc", "knn_bacc", "feature_rank"} and 0 <= found["knn_acc"] <= 1
-    assert "eval/train_0.png" in world.refused("--eval_csv", world.folder / "eval.csv")
+    told = world.refused("--eval_csv", world.folder / "eval.csv")
+    assert "eval/train_0.png" in told or "--eval_root" in told
+    assert "--root_path" not in told
     assert "--eval_root is of --eval_csv" in world.refused("--eval_root", world.folder)
 
 
@@ -217,6 +219,8 @@ def check_overlap(world: World) -> None:
     (world.folder / "lists" / "own.csv").write_bytes(own.read_bytes())
     moved = world.folder / "lists" / "own.csv"
     assert "2 training images" in world.refused("--forbid_overlap", moved, "--forbid_overlap_root", own.parent)
+    told = world.refused("--forbid_overlap", moved)
+    assert "--forbid_overlap_root" in told and "--root_path" not in told  # the images are not in the list's folder
     told = world.refused("--forbid_overlap", moved, "--forbid_overlap_root", own.parent, own.parent)
     assert "one folder, or one for each list" in told
 

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 
+from furnace.command_line import parse
+from furnace.data.image_labels import encode_labels
+from furnace.data.ontology import read_ontology
 from furnace.data.pretraining_data import read_pretraining
 from furnace.pretraining_arguments import pretraining_parser
 from helpers import HAM, PRETRAINING, ROOT, block_with, words_of
@@ -123,11 +125,16 @@ def test_ham_example(tmp_path, monkeypatch) -> None:
     if not metadata.exists():
         pytest.skip("the shared data sets are not here")
     (tmp_path / "HAM10000_metadata.csv").write_bytes(metadata.read_bytes())
+    official = pd.read_csv(metadata)
+    listed = pd.DataFrame({"image": official["image_id"] + ".jpg", "label": 0,
+                           "split": np.resize(["train", "train", "val", "test"], len(official))}).iloc[100:]
+    listed.to_csv(tmp_path / "HAM_clean.csv", index=False)
     monkeypatch.chdir(tmp_path)
     exec(compile(block_with("HAM10000_metadata.csv", PRETRAINING), "page", "exec"), {})  # noqa: S102
     table = pd.read_csv("pretraining.csv")
-    assert len(table) == 10_015 and set(table["labels"]) == {"akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"}
-    few = table.groupby("labels").head(1)
+    assert len(table) == 9_915 and set(table["labels"]) == {"akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"}
+    assert table.set_index("image")["split"].to_dict() == listed.set_index("image")["split"].to_dict()
+    few = table[table["split"] == "train"].groupby("labels").head(1)
     for name in few["image"]:
         (tmp_path / name).write_bytes((ROOT / "tests" / "golden" / "synthetic_640x480.png").read_bytes())
     few.to_csv("few.csv", index=False)
@@ -135,27 +142,62 @@ def test_ham_example(tmp_path, monkeypatch) -> None:
     assert data.labels.labelled.all() and len(data.manifest) == 7
 
 
+@pytest.mark.parametrize("recipe", ["dermino_base", "dermino_large", "demo_cpu", "ham_cpu"])
+def test_no_recipe_denies_what_a_label_implies(tmp_path, recipe) -> None:
+    """A melanoma is malignant, whatever the recipe; a nevus is benign, and known not to be malignant."""
+    ontology = read_ontology(ONTOLOGY)
+    args = parse(pretraining_parser(), ["-c", str(CONFIGS / f"{recipe}.yaml"), "--output_dir", str(tmp_path)])
+    problems: list = []
+    labels = encode_labels(ontology, ["mel", "nv"], ["ham10000"] * 2, label_ancestors=args.label_ancestors,
+                           problems=problems)
+    state = np.where(labels.known([0, 1]), labels.rows([0, 1]), -1)
+    of = {name: state[:, ontology.find(name)].tolist() for name in ("melanoma", "malignant", "benign")}
+    assert of == {"melanoma": [1, 0], "malignant": [1, 0], "benign": [0, 1]}
+    assert "class denied by a label below it" not in [problem.kind for problem in problems]
+
+
+def filled(cells: list[str], published: str) -> list[str]:
+    """Cells of a row of the recipes; "same" is what stands to its left."""
+    found = [published]
+    for cell in cells:
+        found.append(found[-1] if cell.startswith("same") else cell)
+    return found[1:]
+
+
+def wanted(args) -> dict[str, str]:
+    """The rows of the recipes' table, but for words, as an option's value says."""
+    small = f", {args.local_crops_number} x {args.local_crops_size}" if args.local_crops_number else ""
+    rise = f"{args.warmup_teacher_temp:g} to {args.teacher_temp:g} in {args.warmup_teacher_temp_epochs:g}"
+    return {
+        "crops": f"2 x {args.global_crops_size}{small}", "blur": "1 - p" if args.dinov2_compat else "p",
+        "updates": f"{args.epochs} x {args.epoch_length}" if args.epoch_length else f"{args.epochs} passes",
+        "learning rate at 1,024 images": f"{args.base_lr:.0e}".replace("e-0", "e-"),
+        "warm-up, epochs": f"{args.warmup_epochs:g}",
+        "weight decay": f"{args.weight_decay:g} to {args.weight_decay_end:g}",
+        "teacher's momentum": f"{args.momentum_teacher:g} to {args.final_momentum_teacher:g}",
+        "teacher's temperature": rise if args.warmup_teacher_temp_epochs else f"{args.teacher_temp:g}",
+        "DINO and iBOT head": f"{args.head_n_prototypes:,}", "drop path": f"{args.drop_path:g}",
+        "weights of DINO, iBOT, KoLeo, labels": ", ".join(
+            f"{getattr(args, f'{part}_loss_weight'):g}" for part in ("dino", "ibot", "koleo", "label")),
+        "label vectors, never trained": {"pooler": "CODER, pooler", "mean": "CODER, mean of the tokens"}[
+            args.text_pooling],
+        "bias of the classes": {"zero": "0", "prior": "log odds"}[args.label_bias],
+        "a label implies those above it": "yes" if args.label_ancestors else "no",
+        "precision": {"auto": "bf16 where it is faster"}.get(args.amp_dtype, args.amp_dtype)}
+
+
 def test_tables() -> None:
     """The recipes' numbers are those of the files; every file of a run and every flag exists."""
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
             for line in PRETRAINING.splitlines() if line.startswith("| ")}
-    configs = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in
-               ("dermino_base", "dermino_large", "demo_cpu", "ham_cpu")]
-    for cell, config in zip(rows["crops"][1:], configs, strict=True):
-        number = config["local_crops_number"]
-        small = f", {number} x {config['local_crops_size']}" if number else ""
-        expected = f"2 x {config['global_crops_size']}{small}"
-        assert cell in ("same", expected)
-    for cell, config in zip(rows["learning rate at 1,024 images"][1:], configs, strict=True):
-        assert float(cell) == config["base_lr"]
-    for cell, config in zip(rows["warm-up, epochs"][1:], configs, strict=True):
-        assert float(cell) == config["warmup_epochs"]
-    for cell, config in zip(rows["drop path"][1:], configs, strict=True):
-        assert cell == "same" or float(cell) == config["drop_path"]
-    for cell, config in zip(rows["DINO and iBOT head"][1:], configs, strict=True):
-        assert cell == "same" or int(cell.replace(",", "")) == config["head_n_prototypes"]
-    for cell, config in zip(rows["teacher's momentum"][1:], configs, strict=True):
-        assert cell.startswith(f"{config['momentum_teacher']:g} to ")
+    for place, name in enumerate(("dermino_base", "dermino_large", "demo_cpu", "ham_cpu")):
+        args = parse(pretraining_parser(), ["-c", str(CONFIGS / f"{name}.yaml")])
+        assert args.prototypes == "text" and args.prototype_mode == "frozen"
+        for row, value in wanted(args).items():
+            published, *cells = rows[row]
+            cell = filled(cells, published)[place]
+            cell = {"1 - p (`dinov2_compat`)": "1 - p", "65,536 prototypes each": "65,536"}.get(cell, cell)
+            assert cell.removesuffix(" epochs") == value or float(cell) == float(value), (name, row, cell, value)
     known = {option for action in pretraining_parser()._actions for option in action.option_strings}
     others = {"--nproc_per_node", "--data", "--nb_classes", "--csv_path", "--input_size", "--output",
                   "--extra", "--help"}

@@ -153,7 +153,7 @@ def results(folder: Path, data: PretrainingData, **last) -> dict:
     """As results.json holds them."""
     model, run = model_of(), RunDirectory(folder, {"a": 1}, {})
     trained = Trained({}, [{**ENTRY, "val_knn_acc": 0.1}, {**ENTRY, **last}], BatchPlan(4, 2, 1, 3), 12345, 6)
-    run.write_results(results_of(data, HeldOut(None, data.manifest.take([0, 1]), 0), model, trained, run))
+    run.write_results(results_of(data, HeldOut(None, data.manifest.take([0, 1]), 0, "test"), model, trained, run))
     return json.loads((folder / "results.json").read_text())
 
 
@@ -165,7 +165,8 @@ def test_results(tmp_path, data) -> None:
     assert found["trained_parameters"] == 12345 and found["teacher"] == str(tmp_path / "teacher")
     assert found["plan"]["micro"] == 4 and found["plan"]["accumulation"] == 2 and found["plan"]["steps_per_epoch"] == 3
     assert found["weights_sha256"] == model_of().backbone.provenance.sha256
-    val = found["splits"]["val"]
+    (split, val), = found["splits"].items()
+    assert split == "test"  # what the queries are
     assert val["n"] == 2 and set(val["metrics"]) == {"knn_acc", "feature_rank"}
     assert val["metrics"]["knn_acc"]["value"] == 0.75 and val["metrics"]["knn_acc"]["reason"] is None
     assert val["metrics"]["feature_rank"] == {"value": None, "low": None, "high": None, "reason": "not defined"}

@@ -228,15 +228,15 @@ def test_several_labels(tmp_path) -> None:
     assert results["best_epoch"] == int(np.argmax(aurocs))
     assert predict.main([str(csv), "--checkpoint", str(tmp_path / "run" / "checkpoint-best.pth"), "--num_workers", "0",
                          "--device", "cpu", "--output", str(tmp_path / "p.csv"), "--sheet", "0"]) == 0
-    same_text(tmp_path / "p.csv", tmp_path / "run" / "test.csv")
+    same_predictions(tmp_path / "p.csv", tmp_path / "run" / "test.csv")
 
 
-def same_text(predicted: Path, wanted: Path) -> None:
-    """Every column of a run's CSV but the true labels, for its images, letter by letter."""
-    want = pd.read_csv(wanted, dtype=str).set_index("filename")
-    found = pd.read_csv(predicted, dtype=str).set_index("filename").loc[want.index]
+def same_predictions(predicted: Path, wanted: Path) -> None:
+    """Every column of a run's CSV but the true labels, for its images; a batch of another size rounds otherwise."""
+    want = pd.read_csv(wanted).set_index("filename")
+    found = pd.read_csv(predicted).set_index("filename").loc[want.index]
     columns = [name for name in want.columns if not name.startswith("true_")]
-    pd.testing.assert_frame_equal(found[columns], want[columns])
+    pd.testing.assert_frame_equal(found[columns], want[columns], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- several seeds and folds
@@ -320,20 +320,20 @@ def test_lora_leaves_a_plain_model(tmp_path, monkeypatch) -> None:
     assert results_of(tmp_path / "run")["trained_parameters"] == trained
     assert predict.main([str(csv), "--checkpoint", str(loaded.path), "--num_workers", "0", "--device", "cpu",
                          "--output", str(tmp_path / "p.csv"), "--sheet", "0"]) == 0
-    same_text(tmp_path / "p.csv", tmp_path / "run" / "test.csv")
+    same_predictions(tmp_path / "p.csv", tmp_path / "run" / "test.csv")
 
 
 # ---------------------------------------------------------------------------------------------- what becomes of it
 
 def test_predict(run, tmp_path) -> None:
-    """The very probabilities of test.csv; --calibrated divides by the temperature that the run fitted."""
+    """The probabilities of test.csv; --calibrated divides by the temperature that the run fitted."""
     csv, out = run
     best, temperature = out / "checkpoint-best.pth", results_of(out)["temperature"]
     for name, words in (("p.csv", ["--batch_size", "5"]), ("c.csv", ["--calibrated"])):
         assert predict.main([str(csv), "--checkpoint", str(best), "--num_workers", "0", "--device", "cpu", "--output",
                              str(tmp_path / name), "--sheet", "0", *words]) == 0
-    same_text(tmp_path / "p.csv", out / "test.csv")
-    same_text(tmp_path / "p.csv", out / "val.csv")
+    same_predictions(tmp_path / "p.csv", out / "test.csv")
+    same_predictions(tmp_path / "p.csv", out / "val.csv")
     plain, calibrated = (probabilities_of(tmp_path / name) for name in ("p.csv", "c.csv"))
     assert temperature is not None and load_classifier(best).temperature == temperature != 1
     np.testing.assert_allclose(calibrated, apply_temperature(plain, temperature), atol=1e-6)

@@ -14,6 +14,7 @@ from furnace.evaluation.feature_cache import default_cache_dir
 from furnace.evaluation.feature_export import PROJECTIONS
 from furnace.evaluation.features import Extraction
 from furnace.evaluation.probe_sweep import MONITORS
+from furnace.models import own_size
 from furnace.runtime.precision import pick_device
 
 
@@ -159,7 +160,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained_checkpoint", type=str.strip, default=None,
                        help="checkpoint file (.pth, .safetensors), hf-hub:OWNER/NAME, or 'random' for an untrained "
                             "baseline; left out, the weights that belong to the model's name")
-    group.add_argument("--input_size", type=at_least(16), default=224, help="side of the images in pixels")
+    group.add_argument("--input_size", type=at_least(16), default=None,
+                       help="side of the images in pixels; left out, that of the model's folder, else 224")
+
+
+def settle_input_size(args: argparse.Namespace) -> None:
+    """Fill in ``--input_size``.
+
+    Raises:
+        UserError: ``--model`` is a path without a model.
+    """
+    if args.input_size is None:
+        args.input_size = own_size(args.model)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

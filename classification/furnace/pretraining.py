@@ -53,11 +53,19 @@ UNLABELLED_SAMPLE = 1024  # training images whose features' rank is watched wher
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labelled images on which the teacher is judged: ``queries`` among ``gallery`` (None: unlabelled images)."""
+    """Labelled images on which the teacher is judged: ``queries`` among ``gallery`` (None: unlabelled images).
+
+    Attributes:
+        gallery: the split train of ``--eval_csv``.
+        queries: its split val, or test where there is no val; without a gallery some of the training images.
+        classes: number of classes.
+        split: what the queries are.
+    """
 
     gallery: Manifest | None
     queries: Manifest
     classes: int
+    split: str
 
 
 def read_held_out(csv_path: Path | None, root_path: Path | None, train: Manifest, *, seed: int,
@@ -76,21 +84,22 @@ def read_held_out(csv_path: Path | None, root_path: Path | None, train: Manifest
     """
     if csv_path is None:
         chosen = np.random.default_rng([seed, len(train)]).permutation(len(train))[:UNLABELLED_SAMPLE]
-        return HeldOut(None, train.take(np.sort(chosen)), 0)
+        return HeldOut(None, train.take(np.sort(chosen)), 0, "train")
     images = read_images(csv_path, root_path, report_folder=folder)
     gallery = images.split("train")
-    queries = images.split("val") if len(images.split("val")) else images.split("test")
+    split = "val" if len(images.split("val")) else "test"
+    queries = images.split(split)
     if not len(gallery) or not len(queries):
         raise UserError(f"--eval_csv {csv_path} needs rows of the split train and rows of val (or test)")
     if (gallery.labels < 0).any() or (queries.labels < 0).any():
-        raise UserError(f"--eval_csv {csv_path}: every image of train and val needs a class number from 0 in the "
+        raise UserError(f"--eval_csv {csv_path}: every image of train and {split} needs a class number from 0 in the "
                         "column label")
     seen = {os.path.realpath(train.path_of(i)) for i in range(len(train))}
     known = sum(os.path.realpath(queries.path_of(i)) in seen for i in range(len(queries)))
     if known:
         logger.warning("%d of the %d images that judge the teacher (--eval_csv) are training images, too: it has seen "
                        "them, though not necessarily their labels", known, len(queries))
-    return HeldOut(gallery, queries, int(max(gallery.labels.max(), queries.labels.max())) + 1)
+    return HeldOut(gallery, queries, int(max(gallery.labels.max(), queries.labels.max())) + 1, split)
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -108,6 +117,9 @@ def build_backbone(options: PretrainingOptions) -> torch.nn.Module:
         if side % patch and number:
             near = max(1, round(side / patch)) * patch
             raise UserError(f"{flag} {side} is no multiple of the patch size {patch}: take {near}")
+    if (grid := options.global_crops_size // patch) < 4:
+        logger.warning("--global_crops_size %d makes %d x %d patches: few rectangles fit into so small a grid, and "
+                       "many crops that iBOT asks a mask for have none", options.global_crops_size, grid, grid)
     return backbone
 
 
@@ -245,9 +257,12 @@ def pretrain(run: RunDirectory, model: DinoModel, data: PretrainingData, held_ou
     classes = None if model.label_head is None else len(data.ontology)
     if device.type == "cuda":
         train_mode(model, model)
+        asked = plan.micro
         plan = fitting_plan(model, step, lambda n: blank_batch(n, options.crops, patch_size=patch, classes=classes),
                             plan, {name: float(values[0]) for name, values in schedules.items()}, device=device,
                             amp_dtype=options.amp_dtype)
+        if plan.micro < asked:
+            logger.warning("Sinkhorn and KoLeo now compare %d images of a process in place of %d", plan.micro, asked)
     evaluate = make_evaluate(
         held_out.gallery, held_out.queries, classes=held_out.classes, device=device, amp_dtype=options.amp_dtype,
         num_workers=options.num_workers,

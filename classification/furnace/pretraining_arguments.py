@@ -51,8 +51,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_label_ancestors", action="store_false", dest="label_ancestors",
                        help="a label is this class alone, as published")
     group.add_argument("--lenient_labels", action="store_true",
-                       help="warn of labels that the ontology does not know, instead of refusing; their images are "
-                            "unlabelled then")
+                       help="warn instead of refusing: of labels that the ontology does not know (their images are "
+                            "unlabelled then), of labels that count for nothing, of an image whose rows disagree")
     group.add_argument("--eval_csv", type=optional_path, default=None, metavar="CSV",
                        help="labelled images (image, label, split): k-NN of its val images (test, where there is no "
                             "val) among its train images")

@@ -92,9 +92,12 @@ class PretrainingOptions:
 
 
 def cut_batches(images: int, options: PretrainingOptions) -> BatchPlan:
-    """How the training is cut into updates; ``epoch_length`` updates make an epoch where it is given."""
+    """How the training is cut into updates; ``epoch_length`` updates make an epoch where it is given.
+
+    Too large passes are halved to two images at least: Sinkhorn and KoLeo compare the images of a pass.
+    """
     plan = plan_batches(images, batch_size=options.batch_size, update_freq=options.update_freq,
-                        world_size=distributed.world_size())
+                        world_size=distributed.world_size(), least=2)
     return dataclasses.replace(plan, steps_per_epoch=options.epoch_length) if options.epoch_length else plan
 
 

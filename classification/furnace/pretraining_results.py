@@ -108,8 +108,8 @@ def results_of(data: PretrainingData, held_out: HeldOut, model: DinoModel, train
     metrics = {name.removeprefix("val_"): {"value": value, "low": None, "high": None,
                                            "reason": None if value is not None else "not defined"}
                for name, value in last.items() if name.startswith("val_")}
-    splits = {"val": {"n": len(held_out.queries), "protocol": "weighted k-NN of the class tokens, k 20, T 0.07; last "
-                      "epoch's teacher", "metrics": metrics}}
+    protocol = "weighted k-NN of the class tokens, k 20, T 0.07; last epoch's teacher"
+    splits = {held_out.split: {"n": len(held_out.queries), "protocol": protocol, "metrics": metrics}}
     labelled = 0 if data.labels is None else int(data.labels.labelled.sum())
     return {"task": "pretraining", "data_set": data.manifest.name, "model": model.backbone.provenance.name,
             "weights_sha256": model.backbone.provenance.sha256, "teacher": str(run.path / "teacher"),

@@ -281,7 +281,8 @@ def test_a_broken_file_in_training_is_told_with_all_others(broken: Manifest) -> 
     assert str(told.value) == str(searched.value)
     lines = str(told.value).splitlines()
     assert lines[1] == f"  row 5, {broken.path_of(3)}: {reasons[1][1]}"
-    assert lines[-1] == "  Copy or download them again, or delete their rows."
+    assert lines[-1] == ("  Copy or download them again, or delete their rows (an unfinished training goes on with the "
+                         "same list and files only).")
     with pytest.raises(UserError, match="^1 image cannot be decoded:"):
         refuse_broken(broken.take([3, 7]))
     with pytest.raises(UserError, match="the storage is not reliable"):

@@ -190,7 +190,10 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
 @pytest.mark.parametrize("name, options, why", [
     ("demo", {}, "is a EfficientNet"), ("timm:vit_tiny_patch16_224", {"global_pool": "avg"}, "pools its patches"),
     ("timm:vit_small_patch16_dinov3", {"depth": 1}, "is a Eva"), ("PanDerm_Base_FT", {"depth": 1}, "positions"),
-    ("timm:vit_small_patch16_224", {"class_token": False, "global_pool": "avg"}, "class token")])
+    ("timm:vit_small_patch16_224", {"class_token": False, "global_pool": "avg"}, "class token"),
+    ("timm:deit_tiny_distilled_patch16_224", {"depth": 1}, "distillation token"),
+    ("timm:vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
+    ("timm:vit_tiny_r_s16_p8_224", {"depth": 1}, "HybridEmbed")])
 def test_other_networks_are_refused(name, options, why) -> None:
     checkpoint = None if name == "demo" else "random"
     backbone = create_backbone(name, checkpoint, options=options)

@@ -214,7 +214,8 @@ def refuse_broken(manifest: Manifest, broken: list[tuple[int, str]] | None = Non
 def _told(found: list[tuple[int, Path, str]]) -> str:
     lines = [f"  row {row}, {path}: {reason}" for row, path, reason in found]
     return (f"{len(found)} image{'s' if len(found) > 1 else ''} cannot be decoded:\n" + "\n".join(lines) +
-            "\n  Copy or download them again, or delete their rows.")
+            "\n  Copy or download them again, or delete their rows (an unfinished training goes on with the same list "
+            "and files only).")
 
 
 def require_decodable(manifest: Manifest) -> None:

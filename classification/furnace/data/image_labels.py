@@ -143,6 +143,8 @@ def encode_labels(ontology: Ontology, labels: Sequence[str | None], sources: Seq
         array.flags.writeable = False
     if label_ancestors:
         _tell_never_absent(result, problems)
+    else:
+        _tell_denied(result, problems)
     if images is not None:
         _tell_shared(result, images, lines, strict, problems)
     return result
@@ -190,6 +192,9 @@ def _tell_unknown(ontology: Ontology, terms: np.ndarray, codes: np.ndarray, line
         term = terms[which[k]].strip()
         close = difflib.get_close_matches(fold(term), ontology.terms, 1) if number < PRINTED else []
         remedy = f"write {ontology.names[ontology.terms[close[0]]]!r} if that is meant, or add" if close else "add"
+        parts = [part.strip() for part in term.replace("|", ",").replace("/", ",").split(",")]
+        if len(parts) > 1 and all(ontology.find(part) is not None for part in parts):
+            remedy = f"write {SEPARATOR.join(parts)!r} for several labels, or add"
         problems.append(Problem(
             "label outside the ontology", row=int(lines[first[k]]), column="labels", warning=not strict,
             text=f"{term!r} ({_times(times[k])}) is no id, name or synonym in {ontology.path.name}",
@@ -249,6 +254,25 @@ def _tell_never_absent(labels: ImageLabels, problems: list[Problem]) -> None:
             text=f"{some((ontology.ids[k] for k in never), 8)}: present where a label implies it and else unknown, for "
                  "no source of these images stands in its row of the ontology",
             remedy="add to its sources those whose other images are surely without it"))
+
+
+def _tell_denied(labels: ImageLabels, problems: list[Problem]) -> None:
+    """Labels taken literally say that the classes above them are absent, where the source annotates those, too."""
+    ontology, denied = labels.ontology, np.zeros(len(labels.ontology), dtype=np.int64)  # of a class, its images
+    for start in range(0, len(labels), CHUNK):
+        indices = np.arange(start, min(start + CHUNK, len(labels)))
+        row, entry = labels._entries(indices)
+        at, ancestor = np.nonzero(ontology.ancestors[labels.classes[entry]])
+        above = np.zeros((len(indices), len(ontology)), dtype=bool)
+        above[row[at], ancestor] = True
+        denied += (above & labels.known(indices) & (labels.rows(indices) == 0)).sum(axis=0)
+    names = [ontology.ids[k] for k in np.argsort(-denied, kind="stable") if denied[k]]
+    if names:
+        problems.append(Problem(
+            "class denied by a label below it", column="labels", warning=True,
+            text=f"{some(names, 8)}: absent in images with a label below ({_times(denied.max())} of "
+                 f"{names[0]}), for their source annotates it and labels are taken literally",
+            remedy="write every level among the labels, or take --label_ancestors"))
 
 
 def _tell_shared(labels: ImageLabels, images: Sequence[str], lines: np.ndarray, strict: bool,

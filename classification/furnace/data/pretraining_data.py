@@ -154,8 +154,9 @@ def _encode(frame: pd.DataFrame, images: list[str | None], ontology: Ontology | 
             strict: bool, problems: list[Problem]) -> ImageLabels | None:
     """The labels of these rows; None without an ontology or a column of labels."""
     if ontology is not None and LABELS not in frame:
+        also = " (label holds one class number, and is not read)" if "label" in frame else ""
         problems.append(missing_column(frame, LABELS, "add a column with each image's classes between semicolons, or "
-                                       "leave --ontology out"))
+                                       f"leave --ontology out{also}"))
     if LABELS not in frame:
         return None
     filled = frame[LABELS].notna()
@@ -173,7 +174,7 @@ def _encode(frame: pd.DataFrame, images: list[str | None], ontology: Ontology | 
     labels = encode_labels(ontology, frame[LABELS], sources, label_ancestors=label_ancestors, problems=found,
                            images=images, lines=frame[ROW], strict=strict)
     problems += [problem for problem in found if SOURCE in frame or problem.kind != "labels without a source"]
-    if not labels.labelled.any():
+    if len(frame) and not labels.labelled.any():
         problems.append(Problem("no labelled image", column=LABELS, warning=True, text="no label counts for the loss",
                                 remedy="fill labels and source, or leave --ontology out"))
     return labels

@@ -25,6 +25,7 @@ from furnace.runtime.files import CheckpointError, UserError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
+SIZE = 224  # side of the images in pixels, where nothing says another
 RANDOM = "random"  # as a checkpoint: leave the weights at their seeded start, the baseline of every comparison
 
 
@@ -65,7 +66,7 @@ class Entry:
         """Side in pixels of the square images that its tensors are for (of an unread hub model, 224)."""
         if self.exported:
             return self.exported.size
-        return 224 if self.architecture.startswith("hf-hub:") else \
+        return SIZE if self.architecture.startswith("hf-hub:") else \
             timm.get_pretrained_cfg(self.architecture).input_size[-1]
 
 
@@ -114,7 +115,7 @@ def list_backbones() -> list[str]:
     return list(ENTRIES)
 
 
-def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_size: int = 224, seed: int = 0,
+def create_backbone(name: str, checkpoint: str | Path | None = None, *, input_size: int = SIZE, seed: int = 0,
                     options: Mapping[str, Any] | None = None, model_keys: Sequence[str] | None = None,
                     prefix: str = "") -> nn.Module:
     """Build a backbone with its weights, in eval mode, every weight accounted for.
@@ -199,6 +200,16 @@ def entry_of(name: str) -> Entry:
     hint = f"; did you mean {close[0]}?" if close else hint
     raise UserError(f"--model {name!r} is unknown: use {', '.join(ENTRIES)}, timm:NAME, hf-hub:OWNER/NAME or a "
                     f"folder with {CONFIG}{hint}")
+
+
+def own_size(name: str) -> int:
+    """Side in pixels of the images that a folder's model is for; 224 for every other name.
+
+    Raises:
+        UserError: as ``entry_of``.
+    """
+    exported = entry_of(name.strip()).exported
+    return exported.size if exported else SIZE
 
 
 def _build(entry: Entry, input_size: int | None, *, seed: int = 0, pretrained: bool = False,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
@@ -213,6 +213,12 @@ def require_plain(backbone: nn.Module, name: str) -> None:
         fault = f"is a {type(backbone).__name__}"
     elif getattr(backbone, "cls_token", None) is None:
         fault = "has no class token"
+    elif getattr(backbone, "dist_token", None) is not None:
+        fault = "has a distillation token"
+    elif not isinstance(backbone.patch_embed, PatchEmbed):
+        fault = f"embeds its patches by {type(backbone.patch_embed).__name__}"
+    elif not all(hasattr(block, part) for block in backbone.blocks for part in ("attn", "drop_path1", "drop_path2")):
+        fault = f"has blocks of another kind ({type(backbone.blocks[0]).__name__})"
     elif getattr(backbone, "pos_embed", None) is None or any(
             getattr(block.attn, "rel_pos_bias", None) is not None
             or getattr(block.attn, "relative_position_bias_table", None) is not None for block in backbone.blocks):

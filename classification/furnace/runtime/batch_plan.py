@@ -48,8 +48,8 @@ class BatchPlan:
             why = " (mixup pairs them)" if self.even else f" ({self.least} are needed)" if self.least > 1 else ""
             raise ProcessError(
                 f"{self.micro} image{'s do' if self.micro > 1 else ' does'} not fit into the GPU's memory and cannot "
-                f"be halved{why}: take --amp_dtype bf16, --grad_checkpointing, "
-                "--tune lora, or a smaller --batch_size with a larger --update_freq")
+                f"be halved{why}: take --amp_dtype bf16, --grad_checkpointing, or a "
+                "smaller --batch_size with a larger --update_freq")
         return replace(self, micro=self.micro // 2, accumulation=self.accumulation * 2)
 
 
