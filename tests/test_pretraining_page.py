@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from furnace.command_line import parse
 from furnace.data.image_labels import encode_labels
@@ -104,7 +105,9 @@ def test_scripts_take_the_teacher(teacher, data, tmp_path) -> None:
                  for word in line.split(".py")[1].split()]
         more = ["--epochs", "1", "--warmup_epochs", "0", "--batch_size", "2"] if name == "run_class_finetuning" else \
             ["--no_cache"]
-        assert main([*words, "--input_size", "48", "--num_workers", "0", "--amp_dtype", "fp32", *more]) == 0, name
+        assert main([*words, "--num_workers", "0", "--amp_dtype", "fp32", *more]) == 0, name
+        (asked,) = (tmp_path / name).rglob("args.yaml")
+        assert yaml.safe_load(asked.read_text())["input_size"] == 48, "the large crops' size, by itself"
 
 
 def test_python_example(teacher, data, monkeypatch) -> None:
