@@ -41,11 +41,12 @@ def make_start(folder: Path) -> Path:
     return folder
 
 
-def ship(teacher: Path, folder: Path, size: int) -> Path:
+def ship(teacher: Path, start: Path, folder: Path, size: int) -> Path:
     """The teacher in half precision, for images of ``size`` pixels."""
     backbone = create_backbone(str(teacher), input_size=size)
-    about = json.loads((teacher / "config.json").read_text())["furnace"]
-    export_backbone(folder, backbone.half(), input_size=size, data_config=backbone.provenance.data_config, about=about)
+    about, origin = (json.loads((one / "config.json").read_text())["furnace"] for one in (teacher, start))
+    export_backbone(folder, backbone.half(), input_size=size, data_config=backbone.provenance.data_config,
+                    about={**about, "start": origin["from"], "data_set": "HAM10000, train", "licence": "CC BY-NC 4.0"})
     return folder
 
 
@@ -82,7 +83,7 @@ def main() -> None:
            "--ontology", str(configs / "dermatology.csv"), "--text_encoder", encoder(),
            "--eval_csv", str(args.data / "metadata.csv"), "--num_workers", "0",
            "--output_dir", str(args.output_dir / "run"), *args.more, threads=args.threads)
-    result = ship(args.output_dir / "run" / "teacher", args.ship or args.output_dir / "derm_small", args.size)
+    result = ship(args.output_dir / "run" / "teacher", start, args.ship or args.output_dir / "derm_small", args.size)
     pairs = zip(evaluate("start", start, args), evaluate("result", result, args), strict=True)
     for how, (before, after) in zip(("probe", "knn"), pairs, strict=True):
         script("classification/evaluate_predictions.py", str(before), str(after), "--names", "start", "result",

@@ -7,6 +7,6 @@ cd -P "$(dirname "$0")/.."
 ensure_venv demo
 .venv/bin/python -m furnace.data.synthetic demo_data
 .venv/bin/python classification/linear_eval.py \
-  --model demo --nb_classes 6 \
+  --model pretrain_weight/derm_small --nb_classes 6 \
   --csv_path demo_data/synthetic_lesions.csv --root_path demo_data \
   --output_dir "$OUT/quickstart" "$@"

@@ -142,6 +142,7 @@ def test_quickstart(tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "installing" not in done.stdout, "a second run must not install again"
     assert "bacc" in done.stdout and f"results in {tmp_path}/quickstart" in done.stdout
+    assert results_of(tmp_path / "quickstart")["model"] == "pretrain_weight/derm_small"
     bacc = results_of(tmp_path / "quickstart")["splits"]["test"]["metrics"]["bacc"]["value"]
     assert 0.5 < bacc < 0.99
 
