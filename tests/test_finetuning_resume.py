@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -83,7 +84,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, processes: int, k
 def test_two_processes_are_one(tmp_path) -> None:
     """The same global batches, without what is random per process: weights to 1e-5, the metrics of val equal.
 
-    And a checkpoint tested by one process and by two gives the same files.
+    And a checkpoint tested by one process and by two gives the same predictions.
     """
     csv = small_set(tmp_path, per_split={"train": 16, "val": 3, "test": 3})
     words = ["--drop_path", "0", "--mixup", "0", "--cutmix", "0"]
@@ -99,5 +100,5 @@ def test_two_processes_are_one(tmp_path) -> None:
     words = ["--eval", "--resume", str(tmp_path / "one" / "checkpoint-best.pth")]
     assert start(csv, tmp_path / "eval1", *words) == start(csv, tmp_path / "eval2", *words, processes=2) == 0
     folders = [next((tmp_path / name).glob("eval_*")) for name in ("eval1", "eval2")]
-    for name in ("val.csv", "test.csv"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    for name in ("val.csv", "test.csv"):  # batches of another size round otherwise on some processors
+        pd.testing.assert_frame_equal(*(pd.read_csv(folder / name) for folder in folders), rtol=0, atol=1e-6)

@@ -82,7 +82,7 @@ def test_published_view_without_its_random_parts() -> None:
 
 def test_published_random_views() -> None:
     """Flips, rotation and jitter drawn in the published order give the published pictures."""
-    np.testing.assert_allclose(published_views().mean(dim=(2, 3, 4)), PUBLISHED["tta_view_means"], atol=1e-6)
+    np.testing.assert_allclose(published_views().mean(dim=(2, 3, 4)), PUBLISHED["tta_view_means"], atol=1e-5)
 
 
 def test_published_logits() -> None:
