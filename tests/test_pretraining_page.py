@@ -203,7 +203,7 @@ def test_tables() -> None:
             assert cell.removesuffix(" epochs") == value or float(cell) == float(value), (name, row, cell, value)
     known = {option for action in pretraining_parser()._actions for option in action.option_strings}
     others = {"--nproc_per_node", "--data", "--nb_classes", "--csv_path", "--input_size", "--output",
-                  "--extra", "--help"}
+                  "--extra", "--help", "--more"}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", PRETRAINING))
     assert used - others <= known, used - others - known
 
