@@ -62,13 +62,13 @@ TEST_OPTIONS = {"model", "amp_dtype", "TTA", "tta_views", "seed", "bootstrap", "
 def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tune or test; returns the exit code."""
     args = parse(finetuning_parser(), argv)
-    asked_size = args.input_size
-    settle_input_size(args)
+    if not args.eval:  # the checkpoint knows its own
+        settle_input_size(args)
     given = dict(vars(args))  # args.yaml says what was asked for, so that -c args.yaml --seed 5 means it
     settle_options(args)
     manifest, external = read_data(args)
     if args.eval:
-        return test_checkpoint(args, given, manifest, external, asked_size)
+        return test_checkpoint(args, given, manifest, external)
     options = FinetuningOptions(**{field.name: getattr(args, field.name)
                                    for field in dataclasses.fields(FinetuningOptions)})
     settings = settings_of(args.seeds, args.folds)
@@ -135,7 +135,7 @@ def settle_options(args: argparse.Namespace) -> None:
         (args.eval_data_path and not args.test_csv_path, "--eval_data_path is the folder of --test_csv_path's images"),
         (bool(args.test_csv_path) and multilabel, "--test_csv_path is not for --task multilabel"),
         (args.opt_betas is not None and max(args.opt_betas) == 1, "--opt_betas are numbers below 1"),
-        (args.cutmix_minmax is not None and
+        (args.cutmix_minmax is not None and not args.eval and
          int(args.input_size * args.cutmix_minmax[0]) >= int(args.input_size * args.cutmix_minmax[1]),
          "--cutmix_minmax is a lower and a higher bound, a pixel apart at least"),
         (args.resume is not None and not args.resume.is_file(), f"--resume {args.resume} does not exist"),
@@ -195,13 +195,13 @@ def finetune(run: RunDirectory, setting: dict[str, Any], model: nn.Module, train
 
 
 def test_checkpoint(args: argparse.Namespace, given: dict[str, Any], manifest: Manifest,
-                    external: Manifest | None, asked_size: int | None) -> int:
-    """``--eval``: test the checkpoint of ``--resume``; ``asked_size`` is ``--input_size`` where it was given."""
+                    external: Manifest | None) -> int:
+    """``--eval``: test the checkpoint of ``--resume``."""
     classifier = load_classifier(args.resume)
     check_fit(classifier, manifest, model=args.model)
     own = classifier.data_config["input_size"][-1]
-    if asked_size not in (own, None):
-        raise UserError(f"--input_size {asked_size}: {args.resume} was trained with images of {own} pixels")
+    if args.input_size not in (own, None):
+        raise UserError(f"--input_size {args.input_size}: {args.resume} was trained with images of {own} pixels")
     if args.pretrained_checkpoint:
         logger.info("--pretrained_checkpoint is not read with --eval: %s has all weights", args.resume)
     if args.amp_dtype != "auto":
